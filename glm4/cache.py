@@ -1,0 +1,45 @@
+"""The paged KV cache, and the description of one forward pass over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAGE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: T packed rows of B sequences, the rows of a sequence consecutive.
+
+    A slot is `page * PAGE_SIZE + offset`; -1 writes nothing (padding). `seq_lens` counts the
+    tokens in the cache once this pass has written its own. `query_lens` says how many rows each
+    sequence has in this pass; None is a decode step: one row each, T = B.
+    """
+
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64
+    block_table: Tensor  # [B, max_pages] int32
+    seq_lens: Tensor  # [B] int32
+    query_lens: tuple[int, ...] | None = None
+
+
+class Cache:
+    """K and V pages of every layer: `[n_pages, n_kv_heads, PAGE_SIZE, head_dim]` each."""
+
+    def __init__(
+        self,
+        n_layers: int,
+        n_pages: int,
+        n_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (n_pages, n_kv_heads, PAGE_SIZE, head_dim)
+        self.n_pages = n_pages
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]

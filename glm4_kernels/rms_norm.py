@@ -1,0 +1,126 @@
+"""RMSNorm over the last dimension.
+
+    y = weight * round(x * rsqrt(mean(x^2) + eps))
+
+Rounding points: mean, rsqrt and the first product in fp32; one rounding to the dtype of x; the
+product with weight is rounded again. This is `GlmRMSNorm` / `Glm4RMSNorm` of transformers.
+
+Bytes moved: 2 * rows * N * itemsize + N * itemsize; nothing else, so the floor is that over the
+memory bandwidth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glm4_kernels.library import bad_type, bad_value, register_op
+from glm4_kernels.triton_import import tl, triton
+
+# One program holds one row in registers: 32K fp32 values over 16 warps are 64 registers a thread.
+MAX_COLS = 32768
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.to(torch.float32)
+    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return weight * (x32 * rstd).to(x.dtype)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    y_ptr,
+    x_ptr,
+    weight_ptr,
+    stride_x_row,
+    n_cols,
+    eps,
+    BLOCK_N: tl.constexpr,
+):
+    """y = weight * round(x * rsqrt(mean(x^2) + eps)), one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    mask = cols < n_cols
+
+    x = tl.load(x_ptr + row * stride_x_row + cols, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+
+    rstd = tl.rsqrt(tl.sum(x * x, axis=0) / n_cols + eps)
+    normalised = (x * rstd).to(y_ptr.dtype.element_ty).to(tl.float32)
+    y = normalised * weight.to(tl.float32)
+
+    tl.store(y_ptr + row * n_cols + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def row_warps(block_n: int) -> int:
+    """Warps for one row of `block_n` values: 16 bytes a thread a load, at least two loads each.
+
+    Not measured yet; derived from the load width, to be replaced by a measured ladder.
+    """
+    return min(max(block_n // 512, 1), 16)
+
+
+def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    n_cols = x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    rows = x.reshape(-1, n_cols)  # a view wherever one row stride describes x
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    block_n = triton.next_power_of_2(n_cols)
+
+    _rms_norm_kernel[(rows.shape[0],)](
+        y,
+        rows,
+        weight.contiguous(),
+        rows.stride(0),
+        n_cols,
+        eps,
+        BLOCK_N=block_n,
+        num_warps=row_warps(block_n),
+    )
+    return y
+
+
+def check_rms_norm(x: Tensor, weight: Tensor, eps: float, op: str = "rms_norm") -> None:
+    if x.dim() < 1:
+        raise bad_value(op, "x", "[..., N]", list(x.shape))
+    if x.dtype not in FLOAT_DTYPES:
+        raise bad_type(op, "x", "float32, bfloat16 or float16", x.dtype)
+    if not 1 <= x.shape[-1] <= MAX_COLS:
+        raise bad_value(op, "x", f"[..., N] with 1 <= N <= {MAX_COLS}", list(x.shape))
+    if weight.shape != x.shape[-1:]:
+        raise bad_value(op, "weight", f"[{x.shape[-1]}]", list(weight.shape))
+    if weight.dtype != x.dtype:
+        raise bad_type(op, "weight", x.dtype, weight.dtype)
+    if weight.device != x.device:
+        raise bad_value(op, "weight", f"on {x.device}", weight.device)
+    if not eps >= 0.0:
+        raise bad_value(op, "eps", "at least 0", eps)
+
+
+_rms_norm = register_op(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    check=check_rms_norm,
+    reference=rms_norm_reference,
+    launch=launch_rms_norm,
+    fake=lambda x, weight, eps: x.new_empty(x.shape),
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension (Zhang & Sennrich, 2019), rounded as HF does.
+
+    Args:
+        x: [..., N], float32, bfloat16 or float16; any strides; N at most 32768.
+        weight: [N], dtype and device of x.
+        eps: added to the mean square.
+
+    Returns:
+        [..., N], contiguous, dtype of x.
+
+    Raises:
+        ValueError: shapes, device or eps are wrong. TypeError: a dtype is.
+    """
+    return _rms_norm(x, weight, eps)

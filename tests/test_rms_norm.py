@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
+
+import glm4_kernels as gk
+from glm4_kernels.rms_norm import MAX_COLS, launch_rms_norm, rms_norm_reference
+
+EPS = 1.5625e-07
+SHAPES = [
+    (1, 4096),  # one token of GLM-4-9B
+    (2, 6144),  # GLM-4-32B: not a power of two
+    (3, 257),  # nothing divides
+    (2, 3, 64),  # leading dimensions
+    (5, 1),  # one column
+]
+
+
+def inputs(shape, dtype, device):
+    scale = torch.logspace(-3, 2, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    x = (torch.randn(shape) * scale).to(dtype).to(device)
+    weight = torch.randn(shape[-1]).to(dtype).to(device)
+    return x, weight
+
+
+def check(x, weight, eps=EPS):
+    oracle = rms_norm_reference(x.double(), weight.double(), eps)
+    assert_within_rule(launch_rms_norm(x, weight, eps), rms_norm_reference(x, weight, eps), oracle)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, dtype, device):
+    check(*inputs(shape, dtype, device))
+
+
+def test_reference_is_transformers():
+    from transformers.models.glm4.modeling_glm4 import Glm4RMSNorm
+
+    x, weight = inputs((7, 320), torch.bfloat16, "cpu")
+    norm = Glm4RMSNorm(320, eps=EPS).to(torch.bfloat16)
+    norm.weight.data = weight
+    assert_bitwise_equal(gk.rms_norm(x, weight, EPS), norm(x).detach())
+
+
+def test_rounds_before_the_weight(device):
+    # 1.5 + 1 ulp is where rounding before and after the product differ in many columns.
+    x, _ = inputs((64, 128), torch.float16, device)
+    weight = torch.full((128,), 1.5 + 2**-10, dtype=torch.float16, device=device)
+    late = (rms_norm_reference(x.float(), weight.float(), EPS)).half()
+    reference = rms_norm_reference(x, weight, EPS)
+    assert (late != reference).any(), "these inputs cannot tell the two orders apart"
+    assert ((launch_rms_norm(x, weight, EPS) != reference).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("layout", ["transposed", "slice", "expanded"])
+def test_layouts(layout, device):
+    wide, weight = inputs((6, 96), torch.float32, device)
+    x = {"transposed": wide.t()[:, :6], "slice": wide[:, 5:70], "expanded": wide[:1].expand(4, 96)}
+    check(x[layout], weight[: x[layout].shape[-1]])
+
+
+def test_edges(device):
+    weight = torch.randn(8, device=device)
+    assert launch_rms_norm(torch.empty(0, 8, device=device), weight, EPS).shape == (0, 8)
+    check(torch.zeros(2, 8, device=device), weight, eps=1e-5)
+    check(torch.randn(1, MAX_COLS, device=device), torch.randn(MAX_COLS, device=device))
+
+
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (ValueError, r"x must be \[\.\.\., N\], got \[\]", {"x": torch.tensor(1.0)}),
+        (ValueError, r"x must be .* 1 <= N", {"x": torch.empty(2, 0)}),
+        (TypeError, r"x must be float32, bfloat16 or float16", {"x": torch.ones(2, 8).long()}),
+        (ValueError, r"weight must be \[8\], got \[7\]", {"weight": torch.ones(7)}),
+        (TypeError, r"weight must be torch.float32", {"weight": torch.ones(8).half()}),
+        (ValueError, r"weight must be on cpu", {"weight": torch.ones(8, device="meta")}),
+        (ValueError, r"eps must be at least 0", {"eps": -1.0}),
+        (RuntimeError, r"x requires grad", {"x": torch.ones(2, 8, requires_grad=True)}),
+    ],
+)
+def test_rejects(error, message, change):
+    arguments = {"x": torch.ones(2, 8), "weight": torch.ones(8), "eps": EPS} | change
+    with pytest.raises(error, match=f"^rms_norm: {message}"):
+        gk.rms_norm(**arguments)
