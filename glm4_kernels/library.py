@@ -24,6 +24,8 @@ from glm4_kernels.triton_import import HAS_TRITON
 
 LIBRARY = torch.library.Library("glm4_kernels", "DEF")
 
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 # Ops whose index arguments (positions, slots, page ids, lengths) are checked inside the kernel.
 DEVICE_CHECKED = ("rope", "rope_kv_write", "flash_decode")
 
@@ -36,6 +38,13 @@ def bad_value(op: str, argument: str, expected: object, actual: object) -> Value
 def bad_type(op: str, argument: str, expected: object, actual: object) -> TypeError:
     """The one form of a message about a wrong dtype or Python type."""
     return TypeError(f"{op}: {argument} must be {expected}, got {actual}")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., N] as [rows, N] with unit column stride: a view wherever one row stride describes
+    it, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def register_op(
