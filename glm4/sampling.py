@@ -1,0 +1,120 @@
+"""From logits to tokens, batched and on the device, in the order of transformers' `generate`:
+
+    repetition penalty -> temperature -> top-k -> top-p -> draw
+
+Each draw inverts the cumulative distribution at one uniform number in fp64. The numbers of a prompt
+depend on its seed alone, so its text depends neither on its neighbours in the batch nor on the
+device's random generator.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+
+from glm4_kernels.library import bad_type, bad_value
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 takes the most likely one (the first, where tied).
+
+    Args:
+        temperature: divides the logits; 0 ignores top_k, top_p and seed.
+        top_k: keeps the k most likely tokens, and those tied with the last of them.
+        top_p: keeps the smallest set of most likely tokens whose probabilities reach p.
+        repetition_penalty: tokens of the prompt or the text so far have positive logits divided
+            and negative ones multiplied by it.
+        seed: prompt i draws from `seed + i`; None takes a fresh seed each time.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            if not _is(getattr(self, name), numbers.Real):
+                raise bad_type("generate", name, "a number", repr(getattr(self, name)))
+        for name in ("top_k", "seed"):
+            if getattr(self, name) is not None and not _is(getattr(self, name), numbers.Integral):
+                raise bad_type("generate", name, "an integer or None", repr(getattr(self, name)))
+        if not 0.0 <= self.temperature < math.inf:
+            raise bad_value("generate", "temperature", "at least 0 and finite", self.temperature)
+        if self.top_k is not None and self.top_k < 1:
+            raise bad_value("generate", "top_k", "at least 1 or None", self.top_k)
+        if not 0.0 < self.top_p <= 1.0:
+            raise bad_value("generate", "top_p", "over 0 and at most 1", self.top_p)
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise bad_value(
+                "generate", "repetition_penalty", "over 0 and finite", self.repetition_penalty
+            )
+        if self.seed is not None and self.seed < 0:
+            raise bad_value("generate", "seed", "at least 0 or None", self.seed)
+
+    def uniforms(self, index: int, n_tokens: int, device: torch.device) -> Tensor:
+        """The numbers in [0, 1) that prompt `index` draws with: [1, n_tokens] float64 ([1, 0] if
+        greedy)."""
+        if self.temperature == 0.0:
+            return torch.empty(1, 0, dtype=torch.float64, device=device)
+        generator = numpy.random.default_rng(None if self.seed is None else self.seed + index)
+        return torch.from_numpy(generator.random((1, n_tokens))).to(device)
+
+    def seen(self, prompt: Tensor, vocab_size: int) -> Tensor:
+        """Which tokens the penalty applies to at first: [1, vocab_size] bool ([1, 0] if none)."""
+        if self.repetition_penalty == 1.0:
+            return torch.empty(1, 0, dtype=torch.bool, device=prompt.device)
+        seen = torch.zeros(1, vocab_size, dtype=torch.bool, device=prompt.device)
+        return seen.index_fill_(1, prompt, True)
+
+    def choose(self, logits: Tensor, uniform: Tensor | None, seen: Tensor) -> Tensor:
+        """The next token of each row; -1 for a row whose logits hold NaN or infinity.
+
+        Args:
+            logits: [B, V] float32.
+            uniform: [B] float64 in [0, 1); None if greedy.
+            seen: [B, V] bool, or [B, 0]; the chosen tokens are added to it.
+
+        Returns:
+            [B] int64.
+        """
+        scores = logits
+        if seen.shape[1]:
+            penalty = self.repetition_penalty
+            penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+            scores = torch.where(seen, penalised, scores)
+        if uniform is None:
+            chosen = scores.argmax(-1)
+        else:
+            cumulative = self.probabilities(scores).cumsum(-1)
+            target = uniform[:, None] * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]
+            chosen = chosen.clamp(max=logits.shape[1] - 1)  # NaN sorts last
+        if seen.shape[1]:
+            seen.scatter_(1, chosen[:, None], True)
+        return torch.where(scores.amax(-1).isfinite(), chosen, -1)  # amax hands a NaN on
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """[B, V] float64 that the draw follows, from penalised scores [B, V]."""
+        if self.top_k is not None and self.top_k < scores.shape[1]:
+            smallest_kept = scores.topk(self.top_k).values[:, -1:]
+            scores = scores.masked_fill(scores < smallest_kept, -math.inf)
+        # Shifted first, so that no temperature overflows.
+        scores = (scores.double() - scores.amax(-1, keepdim=True)) / self.temperature
+        if self.top_p < 1.0:
+            ascending, order = scores.sort(-1)
+            dropped = ascending.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
+            dropped[:, -1] = False
+            scores = scores.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
+        return scores.softmax(-1)
+
+
+def _is(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
