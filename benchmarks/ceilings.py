@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,9 +37,6 @@ class Ceilings:
         """The limit that memory-bound ops are held against."""
         return self.copy if device.type == "cuda" else self.read
 
-    def floor_seconds(self, device: torch.device, bytes_moved: int, flops: int) -> float:
-        return max(bytes_moved / self.bandwidth(device), flops / self.matmul)
-
 
 def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
     """Measures all three; `quick` shrinks the buffers so far that only their form is right."""
@@ -49,15 +47,10 @@ def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
     repeats = 2 if quick else 15
 
     x = torch.randn(n_bytes // 4, device=device)
-    y = torch.empty_like(x)
-    copy = 2 * n_bytes / median_seconds(lambda: y.copy_(x), device, repeats)
-    del y
-    read = n_bytes / min(
-        median_seconds(reduce, device, repeats) for reduce in (x.sum, x.amax, lambda: x.dot(x))
-    )
-    del x
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    b = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    reductions = (x.sum, x.amax, lambda: x.dot(x))
+    read = n_bytes / min(median_seconds(f, device, repeats) for f in reductions)
+    copy = 2 * n_bytes / median_seconds(partial(torch.empty_like(x).copy_, x), device, repeats)
+    a, b = torch.randn(2, n, n, device=device).to(torch.bfloat16)
     matmul = 2 * n**3 / median_seconds(lambda: a @ b, device, repeats)
     return Ceilings(copy, read, matmul, cache)
 
@@ -83,14 +76,14 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 class CpuReadProbe:
-    """Samples the read bandwidth that memory gives right now, in about two milliseconds."""
+    """Samples the read bandwidth that memory gives right now, in a few milliseconds."""
 
     def __init__(self) -> None:
-        self.x = torch.randn(max(64 * MIB, 2 * last_level_cache(torch.device("cpu"))) // 4)
+        self.x = torch.randn(4 * last_level_cache(torch.device("cpu")) // 4)
         self.sample()
 
     def sample(self) -> float:
-        """Bytes per second of one reduction over a buffer twice the last-level cache."""
+        """Bytes per second of one reduction over a buffer of four times the last-level cache."""
         return self.x.nbytes / seconds(self.x.sum, self.x.device)
 
 

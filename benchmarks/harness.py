@@ -94,63 +94,73 @@ def run_case(
         probe: samples the read bandwidth beside every turn; None takes it from `ceilings`.
         quick: one round of one call, to see that everything runs; its times mean nothing.
     """
-    contenders = [gate(case, name) for name in case.contenders]
-    floor = ceilings.floor_seconds(device, case.bytes_moved, case.flops)
-    memory_bound = case.bytes_moved / ceilings.bandwidth(device) >= case.flops / ceilings.matmul
-
-    n_sets = 2 if quick else math.ceil(3 * ceilings.cache_bytes / max(case.bytes_moved, 1))
-    sets = [case.inputs() for _ in range(min(max(n_sets, 2), MAX_SETS))]
+    verdicts = gate(case)
+    right = {v["name"]: case.contenders[v["name"]] for v in verdicts if v["status"] == "ok"}
     effort = QUICK if quick else EFFORT[device.type]
-    right = {c["name"]: case.contenders[c["name"]] for c in contenders if c["status"] == "ok"}
+    n_sets = 2 if quick else math.ceil(3 * ceilings.cache_bytes / case.bytes_moved)
+    sets = [case.inputs() for _ in range(min(max(n_sets, 2), MAX_SETS))]
 
-    eager = {name: Turn(f, sets, device, effort) for name, f in right.items()}
-    modes = {"eager": take_turns(eager, device, effort, probe)}
+    eager = {name: Turn(call, sets, device, effort) for name, call in right.items()}
+    modes = {"eager": take_turns(eager, effort, probe)}
     if device.type == "cuda":
-        graphs, refused = capture_all(right, sets)
-        modes["graph"] = take_turns(
-            {name: Turn(graph.replay, [()], device, effort, graph_calls(sets))
-             for name, graph in graphs.items()},
-            device, effort, probe,
-        )  # fmt: skip
-        for contender in contenders:
-            if contender["name"] in refused:
-                contender["note"] = refused[contender["name"]]
+        captured, refused = capture_all(right, sets, device, effort)
+        modes["graph"] = take_turns(captured, effort, probe)
+        for verdict in verdicts:
+            if verdict["name"] in refused:
+                verdict["note"] = refused[verdict["name"]]
 
-    for contender in contenders:
-        for mode, timed in modes.items():
-            if contender["name"] in timed:
-                contender[mode] = judge(timed[contender["name"]], case, floor, memory_bound, device)
+    for verdict in verdicts:
+        for mode, samples in modes.items():
+            if verdict["name"] in samples:
+                verdict[mode] = judge(samples[verdict["name"]], case, ceilings, device)
     return {
         "op": case.op,
         "label": case.label,
         "bytes_moved": case.bytes_moved,
         "flops": case.flops,
-        "bound": "memory" if memory_bound else "compute",
+        "bound": "memory" if memory_bound(case, ceilings, device) else "compute",
         "n_sets": len(sets),
         "in_cache": len(sets) * case.bytes_moved < 2 * ceilings.cache_bytes,
-        "contenders": contenders,
-        **against_peers(contenders),
+        "contenders": verdicts,
+        **against_peers(verdicts),
     }
 
 
-def gate(case: Case, name: str) -> dict[str, Any]:
-    """Runs one contender once; `status` is ok, wrong or failed, with the reason in `note`."""
+def gate(case: Case) -> list[dict[str, Any]]:
+    """Runs each contender once on copies of the same inputs; `status` is ok, wrong or failed.
+
+    All outputs stay alive until the end: no contender can pass by returning memory, unwritten,
+    in which another left the right answer.
+    """
     torch.manual_seed(0)
     inputs = case.inputs()
-    truth = first_output(case.oracle(*copy.deepcopy(inputs))).double()
-    try:
-        actual = first_output(case.contenders[name](*inputs)).double()
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        return {"name": name, "status": "failed", "note": f"{type(error).__name__}: {reason}"}
-    if actual.shape != truth.shape:
-        note = f"shape {list(actual.shape)}, expected {list(truth.shape)}"
-        return {"name": name, "status": "wrong", "note": note}
-    error_l2 = ((actual - truth).norm() / truth.norm().clamp_min(1e-300)).item()
-    if not error_l2 <= case.tolerance:  # NaN is wrong too
-        note = f"relative L2 {error_l2:.1e}, allowed {case.tolerance:.1e}"
-        return {"name": name, "status": "wrong", "note": note}
-    return {"name": name, "status": "ok", "error_l2": error_l2}
+    outputs = [first_output(case.oracle(*copy.deepcopy(inputs))).double()]
+    truth = outputs[0]
+    verdicts = []
+    for name, call in case.contenders.items():
+        try:
+            outputs.append(first_output(call(*copy.deepcopy(inputs))))
+            actual = outputs[-1].to(truth)
+        except Exception as error:
+            verdicts.append({"name": name, "status": "failed", "note": one_line(error)})
+            continue
+        if actual.shape != truth.shape:
+            note = f"shape {list(actual.shape)}, expected {list(truth.shape)}"
+            verdicts.append({"name": name, "status": "wrong", "note": note})
+            continue
+        l2 = ((actual - truth).norm() / truth.norm()).item()
+        if l2 <= case.tolerance:
+            verdicts.append({"name": name, "status": "ok", "relative_l2": l2})
+        else:  # NaN is wrong too
+            note = f"relative L2 {l2:.1e}, allowed {case.tolerance:.1e}"
+            verdicts.append({"name": name, "status": "wrong", "note": note})
+    return verdicts
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of the message; results carry no traceback."""
+    message = str(error).strip().split("\n")[0][:200]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def first_output(result: Any) -> Tensor:
@@ -158,7 +168,7 @@ def first_output(result: Any) -> Tensor:
 
 
 class Turn:
-    """One contender's turn: as many calls as fill `turn_seconds`, walking through the sets."""
+    """One contender's turn: as many calls as fill `turn_seconds`, walking on through the sets."""
 
     def __init__(
         self,
@@ -168,30 +178,30 @@ class Turn:
         effort: Effort,
         calls_inside: int = 1,
     ) -> None:
-        self.call, self.sets, self.device = call, sets, device
-        self.calls_inside = calls_inside
+        self.call, self.sets, self.device, self.calls_inside = call, sets, device, calls_inside
         self.next_set = 0
-        self.repeats = len(sets)
-        warm = min(self.seconds() for _ in range(2)) / len(sets)
-        self.repeats = max(1, math.ceil(effort.turn_seconds / max(warm, 1e-9)))
+        self.repeats = 1
+        self.run()  # compiles, loads
+        once = min(seconds(self.run, device) for _ in range(2))
+        self.repeats = max(1, math.ceil(effort.turn_seconds / max(once, 1e-7)))
 
-    def _run(self) -> None:
+    def run(self) -> None:
         for _ in range(self.repeats):
             self.call(*self.sets[self.next_set])
             self.next_set = (self.next_set + 1) % len(self.sets)
 
-    def seconds(self) -> float:
-        return seconds(self._run, self.device)
-
     def seconds_per_call(self) -> float:
-        return self.seconds() / (self.repeats * self.calls_inside)
+        return seconds(self.run, self.device) / (self.repeats * self.calls_inside)
+
+
+# One turn's seconds per call, and the read bandwidth sampled beside it (CPU).
+Sample = tuple[float, float | None]
 
 
 def take_turns(
-    turns: dict[str, Turn], device: torch.device, effort: Effort, probe: CpuReadProbe | None
-) -> dict[str, list[tuple[float, float | None]]]:
-    """(seconds per call, read bandwidth beside it) of every turn, by contender."""
-    samples: dict[str, list[tuple[float, float | None]]] = {name: [] for name in turns}
+    turns: dict[str, Turn], effort: Effort, probe: CpuReadProbe | None
+) -> dict[str, list[Sample]]:
+    samples: dict[str, list[Sample]] = {name: [] for name in turns}
     order = list(turns)
     deadline = time.monotonic() + effort.seconds
     rounds = 0
@@ -204,44 +214,45 @@ def take_turns(
     return samples
 
 
-def graph_calls(sets: list[tuple]) -> int:
-    """Calls captured in one graph: every set equally often, at least sixteen."""
-    return len(sets) * math.ceil(16 / len(sets))
-
-
 def capture_all(
-    contenders: dict[str, Callable[..., Any]], sets: list[tuple]
-) -> tuple[dict[str, torch.cuda.CUDAGraph], dict[str, str]]:
-    """A graph of `graph_calls` calls for each contender, and why there is none for the others."""
-    graphs, refused = {}, {}
+    contenders: dict[str, Callable[..., Any]],
+    sets: list[tuple],
+    device: torch.device,
+    effort: Effort,
+) -> tuple[dict[str, Turn], dict[str, str]]:
+    """Turns that replay a CUDA graph of every set equally often, at least sixteen calls; and, for
+    contenders that cannot be captured, why not."""
+    calls = len(sets) * math.ceil(16 / len(sets))
+    captured, refused = {}, {}
     for name, call in contenders.items():
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                for i in range(graph_calls(sets)):
+                for i in range(calls):
                     call(*sets[i % len(sets)])
         except Exception as error:
             torch.cuda.synchronize()
-            refused[name] = f"no graph: {type(error).__name__}"
+            refused[name] = f"no graph: {one_line(error)}"
         else:
-            graphs[name] = graph
-    return graphs, refused
+            captured[name] = Turn(graph.replay, [()], device, effort, calls)
+    return captured, refused
+
+
+def memory_bound(case: Case, ceilings: Ceilings, device: torch.device) -> bool:
+    return case.bytes_moved / ceilings.bandwidth(device) >= case.flops / ceilings.matmul
 
 
 def judge(
-    samples: list[tuple[float, float | None]],
-    case: Case,
-    floor: float,
-    memory_bound: bool,
-    device: torch.device,
+    samples: list[Sample], case: Case, ceilings: Ceilings, device: torch.device
 ) -> dict[str, Any]:
-    """Microseconds, rate and share of the floor; where a probe ran, of the floor beside it."""
+    """Microseconds, rates and the share of the floor: max(bytes / bandwidth, flops / matmul), the
+    bandwidth being the one sampled beside the turn where there is one."""
     times = [took for took, _ in samples]
+    floors = [
+        max(case.bytes_moved / (beside or ceilings.bandwidth(device)), case.flops / ceilings.matmul)
+        for _, beside in samples
+    ]
     middle = statistics.median(times)
-    if memory_bound:
-        floors = [case.bytes_moved / beside if beside else floor for _, beside in samples]
-    else:
-        floors = [floor] * len(times)
     return {
         "us": middle * 1e6,
         "p20_us": quantile(times, 0.2) * 1e6,
@@ -249,7 +260,8 @@ def judge(
         "gb_per_s": case.bytes_moved / middle / 1e9,
         "tflop_per_s": case.flops / middle / 1e12,
         "share": statistics.median(f / took for f, took in zip(floors, times, strict=True)),
-        "turns_us": [round(took * 1e6, 4) for took in times],
+        "turns_us": [round(took * 1e6, 3) for took in times],
+        "read_beside_gb_per_s": [round(beside / 1e9, 1) for _, beside in samples if beside],
     }
 
 
@@ -274,17 +286,12 @@ def against_peers(contenders: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_cases(
-    modules: dict[str, ModuleType],
-    device: torch.device,
-    ceilings: Ceilings,
-    quick: bool = False,
-    done: Callable[[dict[str, Any]], None] = lambda result: None,
+    modules: dict[str, ModuleType], device: torch.device, ceilings: Ceilings, quick: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Runs every case of every module, one after the other; `done` sees each result at once."""
+    """Results of every case of every module, one after the other."""
     probe = CpuReadProbe() if device.type == "cpu" and not quick else None
     for module in modules.values():
         for case in module.cases(device):
             with torch.inference_mode():
                 result = run_case(case, device, ceilings, probe, quick)
-            done(result)
             yield result
