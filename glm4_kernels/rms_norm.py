@@ -14,18 +14,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm4_kernels.library import bad_type, bad_value, register_op
+from glm4_kernels.library import FLOAT_DTYPES, as_rows, bad_type, bad_value, register_op
 from glm4_kernels.triton_import import tl, triton
 
 # One program holds one row in registers: 32K fp32 values over 16 warps are 64 registers a thread.
 MAX_COLS = 32768
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32 = x.to(torch.float32)
-    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return weight * (x32 * rstd).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * rstd).to(x.dtype)
+
+
+@triton.jit
+def rms_normalise(x, weight, n_cols, eps):
+    """weight * round(x * rsqrt(mean(x^2) + eps)) in weight's dtype; x in fp32, 0 past n_cols."""
+    rstd = tl.rsqrt(tl.sum(x * x, axis=0) / n_cols + eps)
+    normalised = (x * rstd).to(weight.dtype)
+    return (weight.to(tl.float32) * normalised.to(tl.float32)).to(weight.dtype)
 
 
 @triton.jit
@@ -38,7 +45,7 @@ def _rms_norm_kernel(
     eps,
     BLOCK_N: tl.constexpr,
 ):
-    """y = weight * round(x * rsqrt(mean(x^2) + eps)), one row a program."""
+    """y = norm(x), one row a program."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     mask = cols < n_cols
@@ -46,11 +53,9 @@ def _rms_norm_kernel(
     x = tl.load(x_ptr + row * stride_x_row + cols, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
 
-    rstd = tl.rsqrt(tl.sum(x * x, axis=0) / n_cols + eps)
-    normalised = (x * rstd).to(y_ptr.dtype.element_ty).to(tl.float32)
-    y = normalised * weight.to(tl.float32)
+    y = rms_normalise(x, weight, n_cols, eps)
 
-    tl.store(y_ptr + row * n_cols + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * n_cols + cols, y, mask=mask)
 
 
 def row_warps(block_n: int) -> int:
@@ -66,8 +71,7 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    rows = x.reshape(-1, n_cols)  # a view wherever one row stride describes x
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = as_rows(x)
     block_n = triton.next_power_of_2(n_cols)
 
     _rms_norm_kernel[(rows.shape[0],)](
@@ -83,7 +87,9 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def check_rms_norm(x: Tensor, weight: Tensor, eps: float, op: str = "rms_norm") -> None:
+def check_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, op: str = "rms_norm", weight_name: str = "weight"
+) -> None:
     if x.dim() < 1:
         raise bad_value(op, "x", "[..., N]", list(x.shape))
     if x.dtype not in FLOAT_DTYPES:
@@ -91,11 +97,11 @@ def check_rms_norm(x: Tensor, weight: Tensor, eps: float, op: str = "rms_norm") 
     if not 1 <= x.shape[-1] <= MAX_COLS:
         raise bad_value(op, "x", f"[..., N] with 1 <= N <= {MAX_COLS}", list(x.shape))
     if weight.shape != x.shape[-1:]:
-        raise bad_value(op, "weight", f"[{x.shape[-1]}]", list(weight.shape))
+        raise bad_value(op, weight_name, f"[{x.shape[-1]}]", list(weight.shape))
     if weight.dtype != x.dtype:
-        raise bad_type(op, "weight", x.dtype, weight.dtype)
+        raise bad_type(op, weight_name, x.dtype, weight.dtype)
     if weight.device != x.device:
-        raise bad_value(op, "weight", f"on {x.device}", weight.device)
+        raise bad_value(op, weight_name, f"on {x.device}", weight.device)
     if not eps >= 0.0:
         raise bad_value(op, "eps", "at least 0", eps)
 

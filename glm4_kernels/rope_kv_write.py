@@ -1,0 +1,224 @@
+"""From the packed qkv projection of new tokens to rotated queries and a written KV cache.
+
+    q, k, v = split(qkv + bias)
+    q, k    = rope(q, k)
+    K[page, :, offset] = k,  V[page, :, offset] = v        page, offset = divmod(slot, page_size)
+
+into pages [n_pages, G, page_size, D]; slot -1 writes nothing (padding of a captured graph). A
+quantised cache holds one scale per token and head, amax|x| / 127 for int8 and amax|x| / 448 for
+float8_e4m3fn, and round(x / scale), half to even; a head of zeros has scale 0.
+
+Rounding points: qkv + bias is rounded to the dtype (transformers adds the bias inside the linear,
+before its one rounding: with bias=None and the bias in the linear the bits are HF's), then those
+of `rope`; quantisation reads the rounded k and v.
+
+Bytes moved: T * (H + 2G) * D * itemsize read, T * H * D * itemsize + 2 * T * G * (D * itemsize of
+the cache, + 4 where it is quantised) written, and rotary_dim * itemsize of the table + 16 a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glm4_kernels.library import FLOAT_DTYPES, bad_type, bad_value, register_op
+from glm4_kernels.rope import check_positions, check_rotation, rope_reference
+
+# The largest magnitude each quantised cache represents.
+QUANTISED_LIMIT = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def rope_kv_write_reference(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    n_heads: int,
+    bias: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    n_kv_heads, page_size, head_dim = k_cache.shape[1:]
+    if bias is not None:
+        qkv = qkv + bias
+    heads = qkv.unflatten(1, (n_heads + 2 * n_kv_heads, head_dim))
+    q, k, v = heads.split([n_heads, n_kv_heads, n_kv_heads], dim=1)
+    q, k = rope_reference(q, k, positions, table)
+
+    written = slots >= 0
+    page, offset = slots[written] // page_size, slots[written] % page_size
+    for x, cache, cache_scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        x = x[written]
+        if cache_scale is not None:
+            x, cache_scale[page, :, offset] = quantise_heads(x, cache.dtype)
+            x, cache = x.view(torch.uint8), cache.view(torch.uint8)
+        cache[page, :, offset] = x
+    return q
+
+
+def quantise_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [T, G, D] in `dtype`, and scale [T, G] such that x is about scale * the first."""
+    limit = QUANTISED_LIMIT[dtype]
+    x = x.to(torch.float32)
+    scale = x.abs().amax(-1) / limit
+    x = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0).clamp(-limit, limit)
+    return (x.round() if dtype == torch.int8 else x).to(dtype), scale
+
+
+def check_rope_kv_write(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    n_heads: int,
+    bias: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    op = "rope_kv_write"
+    if qkv.dim() != 2:
+        raise bad_value(op, "qkv", "[T, (H + 2G) * D]", list(qkv.shape))
+    if qkv.dtype not in FLOAT_DTYPES:
+        raise bad_type(op, "qkv", "float32, bfloat16 or float16", qkv.dtype)
+    if k_cache.dim() != 4:
+        raise bad_value(op, "k_cache", "[n_pages, G, page_size, D]", list(k_cache.shape))
+    n_pages, n_kv_heads, page_size, head_dim = k_cache.shape
+    if page_size < 1 or page_size & (page_size - 1) != 0:
+        raise bad_value(op, "k_cache", "of a page_size that is a power of two", page_size)
+    if n_kv_heads < 1:
+        raise bad_value(op, "k_cache", "of at least one head", list(k_cache.shape))
+    if n_heads < 1:
+        raise bad_value(op, "n_heads", "at least 1", n_heads)
+    width = (n_heads + 2 * n_kv_heads) * head_dim
+    if qkv.shape[1] != width:
+        expected = f"[T, ({n_heads} + 2 * {n_kv_heads}) * {head_dim}]"
+        raise bad_value(op, "qkv", expected, list(qkv.shape))
+    check_rotation(op, "k_cache", qkv, head_dim, positions, table)
+    if slots.shape != qkv.shape[:1]:
+        raise bad_value(op, "slots", f"[{qkv.shape[0]}]", list(slots.shape))
+    if slots.dtype not in (torch.int32, torch.int64):
+        raise bad_type(op, "slots", "int32 or int64", slots.dtype)
+    if bias is not None and bias.shape != (width,):
+        raise bad_value(op, "bias", f"[{width}]", list(bias.shape))
+    if bias is not None and bias.dtype != qkv.dtype:
+        raise bad_type(op, "bias", qkv.dtype, bias.dtype)
+
+    if k_cache.dtype != qkv.dtype and k_cache.dtype not in QUANTISED_LIMIT:
+        raise bad_type(op, "k_cache", f"{qkv.dtype}, int8 or float8_e4m3fn", k_cache.dtype)
+    check_written(op, "k_cache", k_cache, k_cache, k_cache.dtype)
+    check_written(op, "v_cache", v_cache, k_cache, k_cache.dtype)
+    if k_cache.stride(3) != 1:
+        raise bad_value(op, "k_cache", "contiguous over D", f"strides {k_cache.stride()}")
+    quantised = k_cache.dtype in QUANTISED_LIMIT
+    for name, cache_scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (cache_scale is not None) != quantised:
+            expected = f"{'given' if quantised else 'None'} with a cache of {k_cache.dtype}"
+            raise bad_value(op, name, expected, "None" if quantised else "a tensor")
+    if k_scale is not None and v_scale is not None:
+        if k_scale.shape != k_cache.shape[:3]:
+            raise bad_value(op, "k_scale", list(k_cache.shape[:3]), list(k_scale.shape))
+        check_written(op, "k_scale", k_scale, k_scale, torch.float32)
+        check_written(op, "v_scale", v_scale, k_scale, torch.float32)
+    others = {"k_cache": k_cache, "v_cache": v_cache, "slots": slots, "bias": bias}
+    for name, tensor in (others | {"k_scale": k_scale, "v_scale": v_scale}).items():
+        if tensor is not None and tensor.device != qkv.device:
+            raise bad_value(op, name, f"on {qkv.device}", tensor.device)
+
+
+def check_written(op: str, name: str, x: Tensor, like: Tensor, dtype: torch.dtype) -> None:
+    """x, which the op writes into, is laid out like its K sibling and has no two equal addresses."""
+    if x.shape != like.shape:
+        raise bad_value(op, name, list(like.shape), list(x.shape))
+    if x.dtype != dtype:
+        raise bad_type(op, name, dtype, x.dtype)
+    if x.stride() != like.stride():
+        raise bad_value(op, name, f"of strides {like.stride()}, those of K", x.stride())
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise bad_value(op, name, "without overlap (not expanded)", f"strides {x.stride()}")
+
+
+def check_rope_kv_write_values(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *_: object,
+) -> None:
+    check_positions("rope_kv_write", positions, table)
+    n_slots = k_cache.shape[0] * k_cache.shape[2]
+    wrong = slots[(slots < -1) | (slots >= n_slots)]
+    if wrong.numel():
+        raise bad_value("rope_kv_write", "slots", f"in [-1, {n_slots})", wrong[0].item())
+
+
+def fake_rope_kv_write(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    n_heads: int,
+    *_: object,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], n_heads, k_cache.shape[3])
+
+
+_rope_kv_write = register_op(
+    "rope_kv_write(Tensor qkv, Tensor positions, Tensor table, Tensor(a!) k_cache, "
+    "Tensor(b!) v_cache, Tensor slots, int n_heads, Tensor? bias=None, "
+    "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> Tensor",
+    check=check_rope_kv_write,
+    check_values=check_rope_kv_write_values,
+    reference=rope_kv_write_reference,
+    launch=None,
+    fake=fake_rope_kv_write,
+)
+
+
+def rope_kv_write(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    n_heads: int,
+    bias: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Splits packed qkv, rotates q and k, and writes k and v into the paged cache, in one pass.
+
+    Args:
+        qkv: [T, (H + 2G) * D], q heads, then k, then v; float32, bfloat16 or float16; any strides.
+        positions: [T], int32 or int64, in [0, max_positions).
+        table: [max_positions, rotary_dim] from `rope_table`, in the dtype of qkv (rounds as HF) or
+            float32 (rounds once).
+        k_cache, v_cache: [n_pages, G, page_size, D], written; dtype of qkv, int8 or float8_e4m3fn;
+            of equal strides, contiguous over D; page_size a power of two.
+        slots: [T], int32 or int64: page * page_size + offset, or -1 to write nothing. No slot
+            twice in a call: which token wins is undefined.
+        n_heads: H.
+        bias: [(H + 2G) * D] or None, dtype of qkv.
+        k_scale, v_scale: float32 [n_pages, G, page_size], written; given if and only if the cache
+            is int8 or float8_e4m3fn; of equal strides.
+
+    Returns:
+        q [T, H, D], rotated, contiguous. On CUDA a token whose position is out of range gives zeros
+        and writes nothing, one whose slot is writes nothing, and both set the device's error flag
+        (`raise_device_errors`).
+
+    Raises:
+        ValueError: shapes, strides or devices are wrong, or on CPU a position or slot. TypeError: a
+        dtype is.
+    """
+    return _rope_kv_write(
+        qkv, positions, table, k_cache, v_cache, slots, n_heads, bias, k_scale, v_scale
+    )
