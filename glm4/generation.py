@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from glm4.cache import PAGE_SIZE, Cache, Step
+from glm4.cache import PAGE_SIZE, Step
 from glm4.sampling import Sampling
 from glm4_kernels.library import bad_type, bad_value, raise_device_errors
 
@@ -91,23 +91,20 @@ def stream(
             raise bad_type("generate", name, "an integer", repr(value))
         if value < 1:
             raise bad_value("generate", name, "at least 1", value)
-    stops = frozenset(_token_ids("stop_token_ids", stop_token_ids, config.vocab_size).tolist())
+    stops = frozenset(_token_ids("stop_token_ids", stop_token_ids, config.vocab).tolist())
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
         raise bad_type("generate", "prompts", "a list of lists of ids", type(prompts).__name__)
     waiting = []
     for index, prompt in enumerate(prompts):
         name = f"prompts[{index}]"
-        ids = _token_ids(name, prompt, config.vocab_size)
+        ids = _token_ids(name, prompt, config.vocab)
         if len(ids) == 0:
             raise bad_value("generate", name, "at least one token", "an empty list")
         waiting.append((index, ids))
-    n_pages = _plan_pages(
-        model, [len(ids) for _, ids in waiting], max_new_tokens, n_pages, max_batch
-    )
-    return _run(
-        model, deque(waiting), max_new_tokens, sampling, stops, n_pages, prefill_chunk, max_batch,
-        on_prefill or (lambda done, total: None),
-    )  # fmt: skip
+    lengths = [len(ids) for _, ids in waiting]
+    n_pages = _plan_pages(model, lengths, max_new_tokens, n_pages, max_batch)
+    engine = _Engine(model, sampling, stops, max_new_tokens, prefill_chunk, on_prefill)
+    return engine.run(deque(waiting), n_pages, max_batch)
 
 
 def _token_ids(name: str, ids: object, vocab_size: int) -> Tensor:
@@ -134,7 +131,7 @@ def _plan_pages(
 ) -> int:
     """Refuses prompts that can never run; returns the number of pages of the cache."""
     config = model.config
-    page_bytes = 2 * config.n_layers * config.n_kv_heads * PAGE_SIZE * config.head_dim
+    page_bytes = 2 * config.layers * config.kv_heads * PAGE_SIZE * config.head_dim
     page_bytes *= model.dtype.itemsize
     needs = [_pages_for(length, max_new_tokens) for length in lengths]
     asked = n_pages is not None
@@ -193,15 +190,6 @@ class _Sequence:
     pages: list[int]
     remaining: int  # tokens that it may still make
 
-    def take(self, token: int, stops: frozenset[int]) -> None:
-        """Counts a new token."""
-        if token < 0:
-            raise FloatingPointError(
-                f"generate: the logits of prompts[{self.index}] became NaN or infinite; float16 "
-                "overflows in GLM-4 (use bfloat16 or float32), or the checkpoint is damaged"
-            )
-        self.remaining = 0 if token in stops else self.remaining - 1
-
 
 @dataclass
 class _Rows:
@@ -212,7 +200,7 @@ class _Rows:
     n_new: Tensor  # [B] int64, tokens made so far
     block_table: Tensor  # [B, max_pages] int32
     uniforms: Tensor  # [B, max_new_tokens] float64, or [B, 0]
-    seen: Tensor  # [B, vocab_size] bool, or [B, 0]
+    seen: Tensor  # [B, vocab] bool, or [B, 0]
 
     def joined(self, other: _Rows) -> _Rows:
         names = [field.name for field in fields(self)]
@@ -222,152 +210,124 @@ class _Rows:
         index = torch.tensor(rows, dtype=torch.int64, device=self.tokens.device)
         return _Rows(*(getattr(self, field.name)[index] for field in fields(self)))
 
-    def choose(self, logits: Tensor, sampling: Sampling) -> Tensor:
-        """Chooses each row's next token and makes it the current one. [B] int64, -1 on NaN."""
-        uniform = None
-        if self.uniforms.shape[1]:
-            uniform = self.uniforms.gather(1, self.n_new[:, None])[:, 0]
-        chosen = sampling.choose(logits, uniform, self.seen)
-        self.tokens = chosen.clamp(min=0)  # a step may run on it before the host has seen -1
-        self.positions = self.positions + 1
-        self.n_new = self.n_new + 1
-        return chosen
 
+@dataclass
+class _Engine:
+    """One call of `stream`: what its stages share."""
 
-@torch.inference_mode()
-def _run(
-    model: Model,
-    waiting: deque[tuple[int, Tensor]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    stops: frozenset[int],
-    n_pages: int,
-    prefill_chunk: int,
-    max_batch: int,
-    on_prefill: Callable[[int, int], None],
-) -> Iterator[tuple[int, int]]:
-    if not waiting:
-        return
-    cache = model.new_cache(n_pages)
-    free_pages = list(range(n_pages))
-    max_pages = max(_pages_for(len(prompt), max_new_tokens) for _, prompt in waiting)
-    running: list[_Sequence] = []
-    rows: _Rows | None = None
+    model: Model
+    sampling: Sampling
+    stops: frozenset[int]
+    max_new_tokens: int
+    prefill_chunk: int
+    on_prefill: Callable[[int, int], None] | None
 
-    while waiting or running:
-        while waiting and len(running) < max_batch:
-            need = _pages_for(len(waiting[0][1]), max_new_tokens)
-            if need > len(free_pages):
-                break
-            index, prompt = waiting.popleft()
-            pages = [free_pages.pop() for _ in range(need)]
-            sequence = _Sequence(index, pages, max_new_tokens)
-            row = _new_row(model, index, prompt, pages, max_pages, max_new_tokens, sampling)
-            logits = _prefill(model, cache, row, prompt, prefill_chunk, on_prefill)
-            token = int(row.choose(logits, sampling))
-            raise_device_errors(model.device)
-            sequence.take(token, stops)
-            yield index, token
-            if sequence.remaining:
+    @torch.inference_mode()
+    def run(
+        self, waiting: deque[tuple[int, Tensor]], n_pages: int, max_batch: int
+    ) -> Iterator[tuple[int, int]]:
+        if not waiting:
+            return
+        self.cache = self.model.new_cache(n_pages)
+        needs = [_pages_for(len(prompt), self.max_new_tokens) for _, prompt in waiting]
+        free = list(range(n_pages))
+        running: list[_Sequence] = []
+        rows: _Rows | None = None
+
+        while waiting or running:
+            while waiting and len(running) < max_batch and needs[waiting[0][0]] <= len(free):
+                index, prompt = waiting.popleft()
+                pages = [free.pop() for _ in range(needs[index])]
+                sequence = _Sequence(index, pages, self.max_new_tokens)
+                row = self.new_row(index, prompt, pages + [0] * (max(needs) - len(pages)))
+                token = int(self.choose(row, self.prefill(row, prompt)))
+                raise_device_errors(self.model.device)
+                yield self.take(sequence, token)
                 running.append(sequence)
                 rows = row if rows is None else rows.joined(row)
-            else:
-                free_pages += pages
 
-        if rows is not None:
-            yield from _decode(model, cache, rows, running, sampling, stops)
-            raise_device_errors(model.device)
-            free_pages += [page for s in running if not s.remaining for page in s.pages]
+            assert rows is not None
+            yield from self.decode(rows, running)
+            raise_device_errors(self.model.device)
+            free += [page for s in running if not s.remaining for page in s.pages]
             rows = rows.kept([i for i, s in enumerate(running) if s.remaining])
             running = [s for s in running if s.remaining]
-            rows = rows if running else None
 
-
-def _new_row(
-    model: Model,
-    index: int,
-    prompt: Tensor,
-    pages: list[int],
-    max_pages: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-) -> _Rows:
-    """The row of a prompt before its prefill: its last token is the current one."""
-    device = model.device
-    table = pages + [0] * (max_pages - len(pages))
-    prompt = prompt.to(device)
-    return _Rows(
-        tokens=prompt[-1:],
-        positions=torch.tensor([len(prompt) - 1], device=device),
-        n_new=torch.zeros(1, dtype=torch.int64, device=device),
-        block_table=torch.tensor([table], dtype=torch.int32, device=device),
-        uniforms=sampling.uniforms(index, max_new_tokens, device),
-        seen=sampling.seen(prompt, model.config.vocab_size),
-    )
-
-
-def _prefill(
-    model: Model,
-    cache: Cache,
-    row: _Rows,
-    prompt: Tensor,
-    chunk: int,
-    on_prefill: Callable[[int, int], None],
-) -> Tensor:
-    """Writes a prompt into the cache; the logits that follow it, [1, vocab_size]."""
-    for start in range(0, len(prompt), chunk):
-        tokens = prompt[start : start + chunk].to(model.device)
-        end = start + len(tokens)
-        positions = torch.arange(start, end, device=model.device)
-        pages = row.block_table[0, positions // PAGE_SIZE].long()
-        step = Step(
-            tokens=tokens,
-            positions=positions,
-            slots=pages * PAGE_SIZE + positions % PAGE_SIZE,
-            block_table=row.block_table,
-            seq_lens=torch.tensor([end], dtype=torch.int32, device=model.device),
-            query_lens=(len(tokens),),
+    def new_row(self, index: int, prompt: Tensor, table: list[int]) -> _Rows:
+        """A prompt before its prefill: its last token is the current one."""
+        device = self.model.device
+        prompt = prompt.to(device)
+        return _Rows(
+            tokens=prompt[-1:],
+            positions=torch.tensor([len(prompt) - 1], device=device),
+            n_new=torch.zeros(1, dtype=torch.int64, device=device),
+            block_table=torch.tensor([table], dtype=torch.int32, device=device),
+            uniforms=self.sampling.uniforms(index, self.max_new_tokens, device),
+            seen=self.sampling.seen(prompt, self.model.config.vocab),
         )
-        hidden = model.forward(step, cache)
-        on_prefill(end, len(prompt))
-    return model.head(hidden[-1:])
 
+    def prefill(self, row: _Rows, prompt: Tensor) -> Tensor:
+        """Writes a prompt into the cache; the logits that follow it, [1, vocab]."""
+        for start in range(0, len(prompt), self.prefill_chunk):
+            tokens = prompt[start : start + self.prefill_chunk].to(self.model.device)
+            end = start + len(tokens)
+            positions = torch.arange(start, end, device=self.model.device)
+            hidden = self.forward(row, tokens, positions, query_lens=(len(tokens),))
+            if self.on_prefill is not None:
+                self.on_prefill(end, len(prompt))
+        return self.model.head(hidden[-1:])
 
-def _decode(
-    model: Model,
-    cache: Cache,
-    rows: _Rows,
-    running: list[_Sequence],
-    sampling: Sampling,
-    stops: frozenset[int],
-) -> Iterator[tuple[int, int]]:
-    """Steps all sequences until at least one of them has ended; on a GPU one step ahead."""
-    ahead = 1 if model.device.type == "cuda" else 0
-    steps_left = min(sequence.remaining for sequence in running)
-    in_flight: deque[Callable[[], list[int]]] = deque()
-    while in_flight or all(sequence.remaining for sequence in running):
-        if steps_left and all(sequence.remaining for sequence in running):
-            in_flight.append(_read_later(_decode_step(model, cache, rows, sampling)))
-            steps_left -= 1
-            if steps_left and len(in_flight) <= ahead:
-                continue
-        for sequence, token in zip(running, in_flight.popleft()(), strict=True):
-            if sequence.remaining:  # else it ended while this step was in flight
-                sequence.take(token, stops)
-                yield sequence.index, token
+    def decode(self, rows: _Rows, running: list[_Sequence]) -> Iterator[tuple[int, int]]:
+        """Steps all sequences until at least one of them has ended; on a GPU one step ahead."""
+        ahead = 1 if self.model.device.type == "cuda" else 0
+        steps_left = min(sequence.remaining for sequence in running)
+        in_flight: deque[Callable[[], list[int]]] = deque()
+        while in_flight or all(sequence.remaining for sequence in running):
+            if steps_left and all(sequence.remaining for sequence in running):
+                hidden = self.forward(rows, rows.tokens, rows.positions)
+                in_flight.append(_read_later(self.choose(rows, self.model.head(hidden))))
+                steps_left -= 1
+                if steps_left and len(in_flight) <= ahead:
+                    continue
+            for sequence, token in zip(running, in_flight.popleft()(), strict=True):
+                if sequence.remaining:  # else it ended while this step was in flight
+                    yield self.take(sequence, token)
 
+    def forward(
+        self,
+        rows: _Rows,
+        tokens: Tensor,
+        positions: Tensor,
+        query_lens: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """T tokens of one row, or one token of each of T rows. [T, hidden]"""
+        tables = rows.block_table.expand(len(tokens), -1)
+        pages = tables.gather(1, (positions // PAGE_SIZE)[:, None])[:, 0].long()
+        slots = pages * PAGE_SIZE + positions % PAGE_SIZE
+        seq_lens = (positions[-len(rows.tokens) :] + 1).int()
+        step = Step(tokens, positions, slots, rows.block_table, seq_lens, query_lens)
+        return self.model.forward(step, self.cache)
 
-def _decode_step(model: Model, cache: Cache, rows: _Rows, sampling: Sampling) -> Tensor:
-    """One token for each row; nothing here waits for the device. [B] int64"""
-    pages = rows.block_table.gather(1, (rows.positions // PAGE_SIZE)[:, None])[:, 0].long()
-    step = Step(
-        tokens=rows.tokens,
-        positions=rows.positions,
-        slots=pages * PAGE_SIZE + rows.positions % PAGE_SIZE,
-        block_table=rows.block_table,
-        seq_lens=(rows.positions + 1).int(),
-    )
-    return rows.choose(model.head(model.forward(step, cache)), sampling)
+    def choose(self, rows: _Rows, logits: Tensor) -> Tensor:
+        """Each row's next token, which becomes its current one. [B] int64, -1 on NaN."""
+        uniform = None
+        if rows.uniforms.shape[1]:
+            uniform = rows.uniforms.gather(1, rows.n_new[:, None])[:, 0]
+        chosen = self.sampling.choose(logits, uniform, rows.seen)
+        rows.tokens = chosen.clamp(min=0)  # a step may run on it before the host has seen -1
+        rows.positions = rows.positions + 1
+        rows.n_new = rows.n_new + 1
+        return chosen
+
+    def take(self, sequence: _Sequence, token: int) -> tuple[int, int]:
+        """Counts a new token on the host."""
+        if token < 0:
+            raise FloatingPointError(
+                f"generate: the logits of prompts[{sequence.index}] became NaN or infinite; "
+                "float16 overflows in GLM-4 (use bfloat16 or float32), or the checkpoint is damaged"
+            )
+        sequence.remaining = 0 if token in self.stops else sequence.remaining - 1
+        return sequence.index, token
 
 
 def _read_later(tokens: Tensor) -> Callable[[], list[int]]:
