@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 # Of the memory that is free, for the cache; the rest is for activations and logits.
 CACHE_SHARE = 0.9
 
+# Decode steps launched before the tokens of the one before are read, and tokens of a prompt that
+# one forward pass takes, by type of device. Not measured yet.
+STEPS_AHEAD = {"cpu": 0, "cuda": 1}
+PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
+
 
 def generate(
     model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
@@ -52,7 +57,7 @@ def stream(
     seed: int | None = None,
     stop_token_ids: Sequence[int] | None = None,
     n_pages: int | None = None,
-    prefill_chunk: int = 2048,
+    prefill_chunk: int | None = None,
     max_batch: int = 64,
     on_prefill: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, int]]:
@@ -68,9 +73,11 @@ def stream(
         temperature, top_k, top_p, repetition_penalty, seed: see `glm4.sampling.Sampling`.
         stop_token_ids: None takes those of the checkpoint; an empty list never stops.
         n_pages: of the cache; None takes what the prompts need, or what fits in free memory.
-        prefill_chunk: tokens of a prompt that one forward pass takes; bounds memory.
+        prefill_chunk: tokens of a prompt that one forward pass takes, which bounds memory; None
+            takes what suits the device.
         max_batch: sequences that run at the same time; the others wait.
-        on_prefill: called with (tokens done, tokens of this prompt) after each chunk.
+        on_prefill: called with (tokens done, tokens of this prompt) before each chunk and at the
+            prompt's end.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or a prompt with its new tokens fits neither
@@ -79,6 +86,8 @@ def stream(
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     config = model.config
+    if prefill_chunk is None:
+        prefill_chunk = PREFILL_CHUNK[model.device.type]
     if stop_token_ids is None:
         stop_token_ids = config.eos_token_ids
     for name, value in (
@@ -268,18 +277,18 @@ class _Engine:
 
     def prefill(self, row: _Rows, prompt: Tensor) -> Tensor:
         """Writes a prompt into the cache; the logits that follow it, [1, vocab]."""
+        report = self.on_prefill or (lambda done, total: None)
         for start in range(0, len(prompt), self.prefill_chunk):
+            report(start, len(prompt))
             tokens = prompt[start : start + self.prefill_chunk].to(self.model.device)
-            end = start + len(tokens)
-            positions = torch.arange(start, end, device=self.model.device)
+            positions = torch.arange(start, start + len(tokens), device=self.model.device)
             hidden = self.forward(row, tokens, positions, query_lens=(len(tokens),))
-            if self.on_prefill is not None:
-                self.on_prefill(end, len(prompt))
+        report(len(prompt), len(prompt))
         return self.model.head(hidden[-1:])
 
     def decode(self, rows: _Rows, running: list[_Sequence]) -> Iterator[tuple[int, int]]:
         """Steps all sequences until at least one of them has ended; on a GPU one step ahead."""
-        ahead = 1 if self.model.device.type == "cuda" else 0
+        ahead = STEPS_AHEAD[self.model.device.type]
         steps_left = min(sequence.remaining for sequence in running)
         in_flight: deque[Callable[[], list[int]]] = deque()
         while in_flight or all(sequence.remaining for sequence in running):

@@ -1,0 +1,206 @@
+"""The command line, `glm4 ...`: text or a report on stdout, everything else on stderr.
+
+Exit codes: 0; 1 after an error, told in one line; 2 after a wrong command line; 130 after Ctrl-C;
+141 when the reader of stdout has gone. torch is imported only once a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from glm4.env import environment, report, version
+
+# Without these an error is a bug of ours, and its line says how to get the traceback.
+EXPECTED = (ValueError, TypeError, OSError, IndexError, FloatingPointError)
+
+EXAMPLES = """\
+examples:
+  glm4 generate --prompt "In the beginning"
+  glm4 generate --model THUDM/GLM-4-9B-0414 --temperature 0.8 --top-p 0.8 < prompt.txt
+  glm4 env
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    warnings.showwarning = _show_warning
+    try:
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("\nglm4: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Else the interpreter's own flush at exit complains.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"glm4: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="glm4",
+        description="GLM-4 on one machine.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"glm4-kernels {version()}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser("generate", help="continue a text", description=generate.__doc__)
+    command.set_defaults(run=generate, error=command.error)
+    command.add_argument(
+        "--model", default="demo", metavar="PATH_OR_REPO", help="default: the bundled demo model"
+    )
+    command.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
+    command.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="default: 256"
+    )
+    command.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy"
+    )
+    command.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    command.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that reach P"
+    )
+    command.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="over 1 repeats less"
+    )
+    command.add_argument("--seed", type=int, metavar="N", help="makes a drawn text repeatable")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    command.add_argument("--dtype", default="auto", help="auto, bfloat16, float32 or float16")
+    command.add_argument("--quantize", choices=("int8", "int4"), help="weights, as they are loaded")
+    command.add_argument(
+        "--rope-theta", type=float, metavar="X", help="overrides the one in config.json"
+    )
+
+    command = commands.add_parser(
+        "env", help="what is installed, built and found here", description=env.__doc__
+    )
+    command.set_defaults(run=env)
+    command.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"glm4: {message} (see `{self.prog} --help`)\n")
+
+
+def env(args: argparse.Namespace) -> None:
+    """Shows versions, the CPU, GPUs, what the extension was built with, and what is missing."""
+    found = environment()
+    print(json.dumps(found, indent=2) if args.json else report(found))
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Continues a text, as it comes, on stdout; then says on stderr how fast that was."""
+    from glm4.checkpoint import find_folder, load, read_config
+    from glm4.generation import stream
+    from glm4.sampling import Sampling
+    from glm4.tokenizer import TextStream, Tokenizer
+
+    if args.max_new_tokens < 1:
+        args.error(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    chosen = (args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
+    try:
+        Sampling(*chosen)
+    except ValueError as error:
+        args.error(str(error))
+    text = _read_stdin() if args.prompt is None else args.prompt
+
+    # What can be wrong with small files shows before gigabytes are read.
+    folder = find_folder(args.model)
+    read_config(folder, args.rope_theta)
+    tokenizer = Tokenizer(folder)
+    prompt = tokenizer.encode(text)
+    model = load(folder, args.device, args.dtype, args.quantize, rope_theta=args.rope_theta)
+
+    times = [time.perf_counter()]
+    pieces = TextStream(tokenizer)
+    with _prefill_bar() as on_prefill:
+        tokens = stream(model, [prompt], args.max_new_tokens, *chosen, on_prefill=on_prefill)
+        first = next(tokens)
+    _write(pieces.push(first[1]))
+    times.append(time.perf_counter())
+    n_decoded = 0
+    for _, token in tokens:
+        _write(pieces.push(token))
+        n_decoded += 1
+    times.append(time.perf_counter())
+    _write(pieces.end() + "\n")
+
+    prefill, decode = times[1] - times[0], times[2] - times[1]
+    speeds = f"prefill {_speed(len(prompt), prefill)}"
+    if n_decoded:
+        speeds += f", decode {_speed(n_decoded, decode)}"
+    print(f"glm4: {speeds} ({model.device}, {model.dtype})", file=sys.stderr)
+
+
+def _speed(n_tokens: int, seconds: float) -> str:
+    return f"{n_tokens} tokens in {seconds:.2f} s ({n_tokens / seconds:.1f} tokens/s)"
+
+
+def _write(text: str) -> None:
+    """To stdout at once; a terminal that cannot show a character gets a "?"."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def _read_stdin() -> str:
+    """All of stdin, without the newline at its end."""
+    if sys.stdin.isatty():
+        print("glm4: type the prompt, then Ctrl-D on a line of its own", file=sys.stderr)
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt on stdin is not UTF-8: {error}") from None
+
+
+@contextmanager
+def _prefill_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if reading the prompt takes over two seconds."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("Reading the prompt", total=None)
+    timer = threading.Timer(2.0, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"glm4: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
+        return f"out of memory: {message or 'the system has none left'}"
+    if isinstance(error, EXPECTED):
+        return message or type(error).__name__
+    return f"{type(error).__name__}: {message} (unexpected; `glm4 --debug ...` shows where)"
