@@ -1,0 +1,343 @@
+"""The whole model, random weights at true sizes: decode steps, then `generate` beside transformers.
+
+Bytes a decode step must move: every weight but the embedding once, and K and V of every token in
+the cache. Those over the bandwidth measured in the same run are the roofline that tokens/s are
+held against.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import glm4
+from benchmarks.ceilings import Ceilings, CpuReadProbe, seconds
+from benchmarks.harness import one_line
+from glm4.cache import PAGE_SIZE, Step
+from glm4.generation import free_bytes, stream
+
+# Of the free memory, what weights and caches may take; the rest is for activations and logits.
+MEMORY_SHARE = 0.85
+
+# Our logits against transformers' on the same weights: bf16 through every layer.
+LOGITS_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of one model."""
+
+    model: str  # a preset of glm4.PRESETS, or "demo"
+    layers: int | None = None  # None is all of them
+    batches: tuple[int, ...] = (1, 8, 64)
+    contexts: tuple[int, ...] = (1024, 32768, 131072)
+    prompt: int = 1024
+    new_tokens: int = 128
+    generate_batches: tuple[int, ...] = (1, 8)
+    steps: int = 30  # of decode, timed
+
+
+CPU_PLANS = (
+    Plan("demo", None, (1, 8), (256,), 64, 64, (1, 8), 20),
+    Plan("glm-4-9b-chat", 4, (1, 8), (512, 4096), 128, 8, (1,), 5),
+)
+QUICK_PLAN = Plan("demo", None, (1, 2), (64,), 8, 3, (1, 2), 1)
+
+
+def measure_model(
+    plan: Plan, device: torch.device, ceilings: Ceilings, say: Callable[[str], None] = print
+) -> Iterator[dict[str, Any]]:
+    """Yields the model's result again and again as it grows; the last one is whole."""
+    model = made(plan, device)
+    config = model.config
+    result: dict[str, Any] = {
+        "model": plan.model,
+        "layers": config.layers,
+        "all_layers": plan.model == "demo" or config.layers == glm4.PRESETS[plan.model].layers,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": config.parameters,
+        "decode": [],
+        "generate": [],
+        "skipped": [],
+    }
+    for context in plan.contexts:
+        for batch in plan.batches:
+            what = f"decode of {batch} x {context} tokens"
+            say(f"{plan.model}: {what}")
+            cache_bytes = batch * math.ceil(context / PAGE_SIZE) * PAGE_SIZE * token_bytes(model)
+            if context > config.max_positions:
+                result["skipped"].append(f"{what}: the model ends at {config.max_positions}")
+            elif cache_bytes > MEMORY_SHARE * free_bytes(device):
+                result["skipped"].append(f"{what}: its cache takes {cache_bytes / 2**30:.0f} GiB")
+            else:
+                result["decode"].append(measure_decode(model, batch, context, ceilings, plan.steps))
+            yield result
+
+    engines = {"glm4": our_engine(model)}
+    try:
+        theirs = transformers_twin(model)
+    except ImportError:
+        result["skipped"].append("transformers: not installed")
+    else:
+        engines["transformers"] = their_engine(theirs)
+        distance = logits_distance(model, theirs)
+        if not distance <= LOGITS_TOLERANCE:
+            raise AssertionError(
+                f"{plan.model}: logits differ from transformers' by relative L2 {distance:.1e}, "
+                f"allowed {LOGITS_TOLERANCE:.1e}"
+            )
+        result["relative_l2_of_logits"] = distance
+    for batch in plan.generate_batches:
+        prompts = torch.randint(config.vocab, (batch, plan.prompt)).tolist()
+        for name, engine in engines.items():
+            say(f"{plan.model}: {name} generates {batch} x {plan.new_tokens} tokens")
+            try:
+                row = measure_generate(engine, prompts, plan.new_tokens, device)
+            except Exception as error:
+                if name == "glm4":
+                    raise
+                result["skipped"].append(f"{name}, batch {batch}: {one_line(error)}")
+            else:
+                result["generate"].append({"engine": name, "batch": batch, **row})
+            yield result
+
+
+def made(plan: Plan, device: torch.device) -> glm4.Model:
+    if plan.model == "demo":
+        return glm4.load("demo", device=str(device))
+    config = glm4.PRESETS[plan.model]
+    if plan.layers is not None:
+        config = replace(config, layers=plan.layers)
+    needed, free = 2 * config.parameters, free_bytes(device)
+    if needed > MEMORY_SHARE * free:
+        raise MemoryError(
+            f"{plan.model}: {config.layers} layers take {needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free on {device}"
+        )
+    return glm4.Model.random(config, device, torch.bfloat16, seed=0)
+
+
+def token_bytes(model: glm4.Model) -> int:
+    """Bytes of K and V that one token takes in all layers."""
+    config = model.config
+    return 2 * config.layers * config.kv_heads * config.head_dim * model.dtype.itemsize
+
+
+def step_bytes(model: glm4.Model, batch: int, context: int) -> int:
+    shapes = model.config.shapes
+    weights = sum(math.prod(shape) for name, shape in shapes.items() if name != "embedding")
+    return weights * model.dtype.itemsize + batch * context * token_bytes(model)
+
+
+@torch.inference_mode()
+def measure_decode(
+    model: glm4.Model, batch: int, context: int, ceilings: Ceilings, steps: int
+) -> dict[str, Any]:
+    """One greedy step of `batch` sequences over `context` tokens of random K and V each, in pages
+    that lie anywhere: eager, and on CUDA as a captured graph too."""
+    device = model.device
+    step_once = decode_step(model, batch, context)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    modes = {"eager": step_once}
+    for _ in range(3):  # compiles, loads
+        step_once()
+    row: dict[str, Any] = {"batch": batch, "context": context}
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step_once()
+        modes["graph"] = graph.replay
+        graph.replay()
+
+    n_bytes = step_bytes(model, batch, context)
+    probe = CpuReadProbe() if device.type == "cpu" else None
+    for mode, call in modes.items():
+        samples = []
+        for _ in range(steps):
+            bandwidth = probe.sample() if probe else ceilings.bandwidth(device)
+            samples.append((seconds(call, device), bandwidth))
+        took = statistics.median(t for t, _ in samples)
+        row[mode] = {
+            "ms": took * 1e3,
+            "tokens_per_s": batch / took,
+            "share": statistics.median(n_bytes / bandwidth / t for t, bandwidth in samples),
+            "steps_ms": [round(t * 1e3, 4) for t, _ in samples],
+        }
+    return row | {"bytes_moved": n_bytes, "peak_gib": peak_gib(device)}
+
+
+def decode_step(model: glm4.Model, batch: int, context: int) -> Callable[[], Tensor]:
+    """A call that runs one decode step over a cache filled with random K and V."""
+    device, pages = model.device, math.ceil(context / PAGE_SIZE)
+    cache = model.new_cache(batch * pages)
+    for tensor in (*cache.k, *cache.v):
+        tensor.normal_()
+    table = torch.randperm(batch * pages, device=device).view(batch, pages)
+    last = context - 1
+    step = Step(
+        tokens=torch.randint(model.config.vocab, (batch,), device=device),
+        positions=torch.full((batch,), last, device=device),
+        slots=table[:, last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE,
+        block_table=table.int(),
+        seq_lens=torch.full((batch,), context, dtype=torch.int32, device=device),
+    )
+    return lambda: model.head(model.forward(step, cache)).argmax(-1)
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Peak of allocated device memory since the last reset; a CPU process has no such figure."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+# Generates `new_tokens` for each prompt, greedily; calls back with the number of tokens as they
+# come to the host.
+Engine = Callable[[list[list[int]], int, Callable[[int], None]], None]
+
+
+def measure_generate(
+    engine: Engine, prompts: list[list[int]], new_tokens: int, device: torch.device
+) -> dict[str, Any]:
+    """Time until every prompt has its first token, then tokens/s of the rest, as a caller sees
+    them."""
+    engine(prompts, new_tokens, lambda count: None)  # compiles, captures
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    arrivals: list[tuple[int, float]] = []  # tokens so far, when
+    began = time.perf_counter()
+    engine(
+        prompts,
+        new_tokens,
+        lambda count: arrivals.append(
+            (count + (arrivals[-1][0] if arrivals else 0), time.perf_counter() - began)
+        ),
+    )
+    made, last = arrivals[-1]
+    if made != len(prompts) * new_tokens:
+        raise RuntimeError(f"{made} tokens came, {len(prompts)} x {new_tokens} were asked for")
+    first = next(when for so_far, when in arrivals if so_far >= len(prompts))
+    return {
+        "prompt": len(prompts[0]),
+        "new_tokens": new_tokens,
+        "first_token_ms": first * 1e3,
+        "tokens_per_s": len(prompts) * (new_tokens - 1) / (last - first),
+        "peak_gib": peak_gib(device),
+    }
+
+
+def our_engine(model: glm4.Model) -> Engine:
+    def generate(prompts: list[list[int]], n: int, arrived: Callable[[int], None]) -> None:
+        for _ in stream(model, prompts, n, stop_token_ids=[]):
+            arrived(1)
+
+    return generate
+
+
+def their_engine(theirs: Any) -> Engine:
+    """transformers' `generate`; on CUDA with the static cache, for which it compiles itself."""
+    cache = {"cache_implementation": "static"} if theirs.device.type == "cuda" else {}
+
+    def generate(prompts: list[list[int]], n: int, arrived: Callable[[int], None]) -> None:
+        def put(ids: Tensor) -> None:
+            if ids.dim() == 1:  # the prompts come first, as [B, T]
+                arrived(ids.numel())
+
+        theirs.generate(
+            torch.tensor(prompts, device=theirs.device),
+            max_new_tokens=n,
+            streamer=SimpleNamespace(put=put, end=lambda: None),
+            **cache,
+        )
+
+    return generate
+
+
+def transformers_twin(model: glm4.Model) -> Any:
+    """transformers' model on the very same weights: views, no copies."""
+    from transformers import (
+        GenerationConfig,
+        Glm4Config,
+        Glm4ForCausalLM,
+        GlmConfig,
+        GlmForCausalLM,
+    )
+
+    config = model.config
+    config_class, model_class = (
+        (Glm4Config, Glm4ForCausalLM) if config.sandwich else (GlmConfig, GlmForCausalLM)
+    )
+    their_config = config_class(
+        vocab_size=config.vocab,
+        hidden_size=config.hidden,
+        intermediate_size=config.ffn,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.eps,
+        max_position_embeddings=config.max_positions,
+        attention_bias=config.qkv_bias,
+        tie_word_embeddings=config.tied,
+        pad_token_id=0,
+        eos_token_id=0,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(config.theta),
+            "partial_rotary_factor": config.rotary_dim / config.head_dim,
+        },
+        dtype=model.dtype,
+    )
+    with torch.device("meta"):
+        theirs = model_class(their_config).to(model.dtype)
+    theirs.load_state_dict(their_names(model), strict=True, assign=True)
+    rotary = theirs.model.rotary_emb
+    theirs.model.rotary_emb = type(rotary)(their_config).to(
+        model.device
+    )  # its buffers are no state
+    theirs.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # no stop ids
+    return theirs.eval()
+
+
+def their_names(model: glm4.Model) -> dict[str, Tensor]:
+    config = model.config
+    qkv_rows = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
+    state = {
+        "model.embed_tokens.weight": model.embedding,
+        "model.norm.weight": model.blocks[-1].next_norm,
+        "lm_head.weight": model.lm_head,
+    }
+    norm = model.first_norm
+    for i, block in enumerate(model.blocks):
+        own = f"model.layers.{i}."
+        attention = own + "self_attn."
+        state[own + "input_layernorm.weight"] = norm
+        state[own + "post_attention_layernorm.weight"] = block.mlp_norm
+        if block.post_attention_norm is not None:
+            state[own + "post_self_attn_layernorm.weight"] = block.post_attention_norm
+            state[own + "post_mlp_layernorm.weight"] = block.post_mlp_norm
+        for name, rows in zip("qkv", block.attention.qkv.split(qkv_rows), strict=True):
+            state[f"{attention}{name}_proj.weight"] = rows
+        if block.attention.qkv_bias is not None:
+            for name, rows in zip("qkv", block.attention.qkv_bias.split(qkv_rows), strict=True):
+                state[f"{attention}{name}_proj.bias"] = rows
+        state[attention + "o_proj.weight"] = block.attention.o
+        state[own + "mlp.gate_up_proj.weight"] = block.mlp.gate_up
+        state[own + "mlp.down_proj.weight"] = block.mlp.down
+        norm = block.next_norm
+    return state
+
+
+@torch.inference_mode()
+def logits_distance(model: glm4.Model, theirs: Any) -> float:
+    """Relative L2 between both models' logits over one short prompt."""
+    ids = torch.randint(model.config.vocab, (1, 32))
+    truth = theirs(ids.to(model.device)).logits.double()
+    return ((model.logits(ids).double() - truth).norm() / truth.norm()).item()
