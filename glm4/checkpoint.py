@@ -1,0 +1,513 @@
+"""From a checkpoint on disk to a `Model`: safetensors and JSON only, checked before use.
+
+Quirks of checkpoints end here. Both families of tensor names are read, whatever the model type:
+
+    transformers    model.layers.N.self_attn.{q,k,v}_proj.weight    (q, k, v become one matrix)
+    remote code     transformer.encoder.layers.N.self_attention.query_key_value.weight
+
+Nothing is read before every tensor's name, shape and dtype agree with config.json. Tensors are
+then read one by one onto the device, so the host never holds more than the model plus one.
+Each error is one line that names the file, and the field or tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import glm4_kernels as gk
+from glm4.model import Config, Model, Weight, check_dtype
+from glm4_kernels.library import bad_type, bad_value
+
+DEMO = Path(__file__).parent / "demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not what it should be; the message names the file."""
+
+
+@torch.no_grad()
+def load(
+    path_or_repo: str | os.PathLike[str],
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    rope_theta: float | None = None,
+    rope_mode: str = "reference",
+    progress: bool = True,
+) -> Model:
+    """A model from a folder, from the Hugging Face Hub ("org/name"), or the bundled "demo".
+
+    Args:
+        device: "auto" is the GPU if there is one, else the CPU.
+        dtype: "auto" is the checkpoint's own; else "bfloat16", "float32" or "float16".
+        quantize: None, "int8" or "int4": of the linear layers, as they are read; the head is int8.
+        rope_theta: overrides the checkpoint's.
+        rope_mode: "reference" rounds RoPE's table as transformers does, "exact" (needed past 256K
+            tokens) does not.
+        progress: shows a bar on stderr once loading has taken two seconds.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, or not a supported GLM-4.
+        ValueError, TypeError: another argument is wrong.
+    """
+    prepare = preparer(quantize)
+    if rope_mode not in ("reference", "exact"):
+        raise bad_value("load", "rope_mode", "'reference' or 'exact'", repr(rope_mode))
+    if dtype != "auto" and str(dtype).removeprefix("torch.") not in DTYPES:
+        raise bad_value("load", "dtype", f"'auto', {', '.join(DTYPES)}", repr(dtype))
+    target = resolve_device(device)
+
+    folder = find_folder(path_or_repo)
+    config = read_config(folder, rope_theta)
+    listing, stored = find_tensors(folder)
+    if any(name.endswith("layers.0.post_self_attn_layernorm.weight") for name in stored):
+        config = replace(config, sandwich=True)  # configs of the remote code do not say it
+    sources = match_tensors(config, stored, listing)
+
+    config_json = read_json(folder / "config.json")
+    if rope_theta is None and config_json["model_type"] == "glm":
+        warn_of_theta(config, folder)
+    if dtype == "auto":
+        declared = str(config_json.get("dtype", config_json.get("torch_dtype")))
+        dtype = DTYPES.get(declared, STORED_DTYPES[sources["embedding"][0].dtype])
+    dtype = DTYPES[str(dtype).removeprefix("torch.")]
+    check_dtype(config, dtype)
+
+    weights: dict[str, Weight] = {}
+    with progress_bar(f"Loading {folder.name}", len(config.shapes), progress) as advance:
+        for name, shape in config.shapes.items():
+            if name == "lm_head" and config.tied:
+                weight = weights["embedding"]
+            else:
+                weight = torch.empty(shape, dtype=dtype, device=target)
+                read_into(weight, sources[name])
+            weights[name] = prepare(name, weight)
+            advance()
+    model = Model(config, weights, target, dtype, rope_mode)
+    model.path = folder
+    return model
+
+
+def preparer(quantize: str | None) -> Callable[[str, Tensor], Weight]:
+    """What `load(quantize=...)` does to each weight, by its name in `Config.shapes`."""
+    if quantize not in (None, "int8", "int4"):
+        raise bad_value("load", "quantize", "None, 'int8' or 'int4'", repr(quantize))
+
+    def prepare(name: str, weight: Tensor) -> Weight:
+        kind = name.rpartition(".")[2]
+        if quantize is None or kind not in ("qkv", "o", "gate_up", "down", "lm_head"):
+            return weight
+        if quantize == "int8" or kind == "lm_head":
+            return gk.quantize(weight, bits=8, group_size=None)
+        fitting = (group for group in (128, 64, 32) if weight.shape[1] % group == 0)
+        return gk.quantize(weight, bits=4, group_size=next(fitting, None))
+
+    return prepare
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise bad_value("load", "device", "'auto', 'cpu' or 'cuda[:N]'", repr(device)) from None
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda":
+        raise bad_value("load", "device", "'auto', 'cpu' or 'cuda[:N]'", repr(str(device)))
+    n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (resolved.index or 0) >= n_devices:
+        raise bad_value("load", "device", f"one of {n_devices} CUDA devices", repr(str(device)))
+    return torch.empty(0, device=resolved).device  # with its index
+
+
+def find_folder(path_or_repo: str | os.PathLike[str]) -> Path:
+    if not isinstance(path_or_repo, (str, os.PathLike)):
+        raise bad_type("load", "path_or_repo", "a folder or 'org/name'", repr(path_or_repo))
+    if path_or_repo == "demo":
+        return DEMO
+    name = os.fspath(path_or_repo)
+    path = Path(name).expanduser()
+    try:
+        if name and path.is_dir():
+            return path
+        if name and path.exists():
+            raise CheckpointError(f"{path}: must be a checkpoint's folder, got a file")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise CheckpointError(
+            f"{name!r}: no such folder, and not a Hub repository of the form org/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # network, HTTP, authorisation, offline mode: many classes
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{name}: no such folder, and the Hugging Face Hub did not give it "
+            f"({type(error).__name__}: {reason})"
+        ) from None
+
+
+# Config's field: the remote code's name (model_type chatglm), transformers' name (glm, glm4).
+FIELDS = {
+    "layers": ("num_layers", "num_hidden_layers"),
+    "hidden": ("hidden_size", "hidden_size"),
+    "ffn": ("ffn_hidden_size", "intermediate_size"),
+    "heads": ("num_attention_heads", "num_attention_heads"),
+    "kv_heads": ("multi_query_group_num", "num_key_value_heads"),
+    "head_dim": ("kv_channels", "head_dim"),
+    "vocab": ("padded_vocab_size", "vocab_size"),
+    "eps": ("layernorm_epsilon", "rms_norm_eps"),
+    "max_positions": ("seq_length", "max_position_embeddings"),
+    "qkv_bias": ("add_qkv_bias", "attention_bias"),
+}
+# What the model takes for granted, where a config says it at all.
+GRANTED = {
+    "add_bias_linear": False,
+    "apply_residual_connection_post_layernorm": False,
+    "fp32_residual_connection": False,
+    "hidden_act": "silu",
+    "multi_query_attention": True,
+    "original_rope": True,  # interleaved pairs
+    "post_layer_norm": True,
+    "rmsnorm": True,
+}
+
+
+def read_config(folder: Path, rope_theta: float | None = None) -> Config:
+    """config.json as a Config; `rope_theta` overrides its own."""
+    path = folder / "config.json"
+    config_json = read_json(path)
+    model_type = config_json.get("model_type")
+    if model_type not in ("chatglm", "glm", "glm4") or "vision_config" in config_json:
+        vision = " with a vision_config" if "vision_config" in config_json else ""
+        raise CheckpointError(
+            f"{path}: model_type must be that of a dense GLM-4 for text (chatglm, glm or glm4), "
+            f"got {model_type!r}{vision}"
+        )
+    if config_json.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{path}: quantization_config is not supported yet: load the original checkpoint with "
+            "quantize='int8' or 'int4'"
+        )
+    for field, granted in GRANTED.items():
+        if config_json.get(field, granted) != granted:
+            expected, actual = json.dumps(granted), json.dumps(config_json[field])
+            raise CheckpointError(f"{path}: {field} must be {expected}, got {actual}")
+
+    remote_code = model_type == "chatglm"
+    theirs = {field: names[0 if remote_code else 1] for field, names in FIELDS.items()}
+    for name in theirs.values():
+        if name not in config_json:
+            raise CheckpointError(f"{path}: {name} is missing")
+    values = {field: config_json[name] for field, name in theirs.items()}
+
+    if remote_code:
+        theta, rotary, yarn = product(1e4, config_json.get("rope_ratio", 1)), 0.5, None
+    else:
+        theta, rotary, yarn = read_rope(path, config_json, values["max_positions"])
+    if rope_theta is not None:
+        theta = rope_theta
+    theirs |= {
+        "theta": "rope_ratio" if remote_code else "rope_theta",
+        "rotary_dim": "partial_rotary_factor",
+        "tied": "tie_word_embeddings",
+    }
+    try:
+        config = Config(
+            **values,
+            theta=theta,
+            rotary_dim=product(values["head_dim"], rotary),
+            rope_scaling=yarn,
+            sandwich=model_type == "glm4",
+            tied=config_json.get("tie_word_embeddings", False),
+            eos_token_ids=read_stop_ids(folder, config_json, values["vocab"]),
+        )
+    except ValueError as error:
+        field, _, rest = str(error).partition(" ")
+        raise CheckpointError(f"{path}: {theirs.get(field, field)} {rest}") from None
+    if yarn is not None:
+        extended = int(yarn["factor"] * yarn["original_max_position_embeddings"])
+        config = replace(config, max_positions=max(config.max_positions, extended))
+    return config
+
+
+def warn_of_theta(config: Config, folder: Path) -> None:
+    """The chat checkpoints converted to transformers' format (`-hf`) say rope_theta 10000, their
+    originals 10000 * rope_ratio: one of the two is wrong, and nobody says which."""
+    if config.vocab == 151552 and config.max_positions >= 131072 and config.theta == 1e4:
+        original = "1e8" if config.kv_heads == 4 else "5e6"
+        warnings.warn(
+            f"{folder / 'config.json'}: rope_theta is 10000, but the original checkpoint has "
+            f"{original}, and a wrong theta does not show in short texts; load with "
+            f"rope_theta={original}, or with rope_theta=1e4 to keep it and silence this",
+            stacklevel=4,  # who called `load`, past its decorator
+        )
+
+
+def read_rope(
+    path: Path, config_json: dict[str, Any], max_positions: Any
+) -> tuple[Any, Any, dict[str, Any] | None]:
+    """(theta, partial rotary factor, YaRN's entries) of transformers 5's rope_parameters, or of
+    the rope_theta, partial_rotary_factor and rope_scaling that came before them."""
+    name = "rope_parameters" if config_json.get("rope_parameters") is not None else "rope_scaling"
+    scaling = {} if config_json.get(name) is None else config_json[name]
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{path}: {name} must be an object, got {json.dumps(scaling)}")
+    rope = config_json | scaling
+    if "rope_theta" not in rope:
+        raise CheckpointError(f"{path}: rope_theta is missing")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise CheckpointError(f"{path}: {name} must be of type default or yarn, got {kind!r}")
+    yarn = None
+    if kind == "yarn":
+        yarn = {"original_max_position_embeddings": max_positions} | scaling
+    return rope["rope_theta"], rope.get("partial_rotary_factor", 0.5), yarn
+
+
+def product(a: Any, b: Any) -> Any:
+    """a * b, an int where `a` is one; what is no number stays for `Config` to refuse."""
+    for value in (a, b):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            return value
+    return type(a)(a * b)
+
+
+def read_stop_ids(folder: Path, config_json: dict[str, Any], vocab: Any) -> tuple[int, ...]:
+    """The stop ids of generation_config.json, else of config.json, else the family's."""
+    path, ids = folder / "config.json", config_json.get("eos_token_id")
+    if (folder / "generation_config.json").is_file():
+        generation = read_json(folder / "generation_config.json")
+        if generation.get("eos_token_id") is not None:
+            path, ids = folder / "generation_config.json", generation["eos_token_id"]
+    if ids is None:
+        ids = list(Config.eos_token_ids)
+    ids = ids if isinstance(ids, list) else [ids]
+    for token in ids:
+        if type(token) is not int or token < 0:
+            raise CheckpointError(f"{path}: eos_token_id must be token ids, got {token!r}")
+    # transformers writes its default ids even into models whose vocabulary ends before them
+    return tuple(token for token in ids if type(vocab) is int and token < vocab)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"{max(keys, key=keys.count)!r} stands there twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor on disk."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name of it
+
+    def read(self) -> Tensor:
+        # Opened for each tensor: an open file keeps the pages that were read in this process.
+        with opened(self.path) as file:
+            return file.get_tensor(self.name)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({str(error) or type(error).__name__})"
+        ) from None
+
+
+def find_tensors(folder: Path) -> tuple[Path, dict[str, Stored]]:
+    """(the file that lists them, every tensor by name) from the headers alone."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return single, {tensor.name: tensor for tensor in tensors_in(single)}
+    if not index.is_file():
+        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
+        if pickles:
+            raise CheckpointError(
+                f"{folder / pickles[0]}: pickled weights can run code as they load and are not "
+                "read; convert them to safetensors"
+            )
+        raise CheckpointError(f"{folder}: holds neither {single.name} nor {index.name}")
+
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must be an object of tensor: file")
+    for name, file in weight_map.items():
+        # By its name, not where it resolves to: the Hub's cache is made of links.
+        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
+            raise CheckpointError(
+                f"{index}: the file of tensor {name} must be a .safetensors beside it, got {file!r}"
+            )
+    stored = {}
+    for file in sorted(set(weight_map.values())):
+        for tensor in tensors_in(folder / file):
+            if weight_map.get(tensor.name) != file:
+                place = weight_map.get(tensor.name, "no file")
+                raise CheckpointError(
+                    f"{folder / file}: tensor {tensor.name} must not be there: {index.name} "
+                    f"places it in {place}"
+                )
+            stored[tensor.name] = tensor
+    for name, file in weight_map.items():
+        if name not in stored:
+            raise CheckpointError(f"{folder / file}: tensor {name} is missing")
+    return index, stored
+
+
+def tensors_in(path: Path) -> list[Stored]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    with opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return [
+            Stored(path, name, tuple(part.get_shape()), part.get_dtype())
+            for name, part in slices.items()
+        ]
+
+
+# The tensors of a checkpoint that make up each tensor of ours, `{}` being the layer; more than one
+# are its rows in that order.
+TRANSFORMERS = {
+    "embedding": ["model.embed_tokens.weight"],
+    "input_norm": ["model.layers.{}.input_layernorm.weight"],
+    "qkv": [f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv"],
+    "qkv_bias": [f"model.layers.{{}}.self_attn.{x}_proj.bias" for x in "qkv"],
+    "o": ["model.layers.{}.self_attn.o_proj.weight"],
+    "post_attention_norm": ["model.layers.{}.post_self_attn_layernorm.weight"],
+    "mlp_norm": ["model.layers.{}.post_attention_layernorm.weight"],
+    "gate_up": ["model.layers.{}.mlp.gate_up_proj.weight"],
+    "down": ["model.layers.{}.mlp.down_proj.weight"],
+    "post_mlp_norm": ["model.layers.{}.post_mlp_layernorm.weight"],
+    "norm": ["model.norm.weight"],
+    "lm_head": ["lm_head.weight"],
+}
+REMOTE_CODE = {
+    "embedding": ["transformer.embedding.word_embeddings.weight"],
+    "input_norm": ["transformer.encoder.layers.{}.input_layernorm.weight"],
+    "qkv": ["transformer.encoder.layers.{}.self_attention.query_key_value.weight"],
+    "qkv_bias": ["transformer.encoder.layers.{}.self_attention.query_key_value.bias"],
+    "o": ["transformer.encoder.layers.{}.self_attention.dense.weight"],
+    "post_attention_norm": ["transformer.encoder.layers.{}.post_self_attn_layernorm.weight"],
+    "mlp_norm": ["transformer.encoder.layers.{}.post_attention_layernorm.weight"],
+    "gate_up": ["transformer.encoder.layers.{}.mlp.dense_h_to_4h.weight"],
+    "down": ["transformer.encoder.layers.{}.mlp.dense_4h_to_h.weight"],
+    "post_mlp_norm": ["transformer.encoder.layers.{}.post_mlp_layernorm.weight"],
+    "norm": ["transformer.encoder.final_layernorm.weight"],
+    "lm_head": ["transformer.output_layer.weight"],
+}
+# Tables of RoPE that some checkpoints carry; the model computes its own.
+IGNORED = {"inv_freq", "cos_cached", "sin_cached"}
+
+
+def match_tensors(
+    config: Config, stored: dict[str, Stored], listing: Path
+) -> dict[str, list[Stored]]:
+    """What is stored of each tensor in `config.shapes`; refuses any that differs."""
+    remote_code = any(name.startswith("transformer.") for name in stored)
+    names = REMOTE_CODE if remote_code else TRANSFORMERS
+    head_rows = [config.heads, config.kv_heads, config.kv_heads]
+    sources, unexpected = {}, dict(stored)
+    for ours, (rows, *rest) in config.shapes.items():
+        if ours == "lm_head" and config.tied:
+            continue
+        layer, _, kind = ours.removeprefix("layers.").rpartition(".")
+        parts = [name.format(layer) for name in names[kind]]
+        n_rows = [rows] if len(parts) == 1 else [n * config.head_dim for n in head_rows]
+        for name, n in zip(parts, n_rows, strict=True):
+            expected = [n, *rest]
+            tensor = unexpected.pop(name, None)
+            if tensor is None:
+                raise CheckpointError(f"{listing}: tensor {name} {expected} is missing")
+            if list(tensor.shape) != expected:
+                raise CheckpointError(
+                    f"{tensor.path}: tensor {name} must be {expected}, got {list(tensor.shape)}"
+                )
+            if tensor.dtype not in STORED_DTYPES:
+                raise CheckpointError(
+                    f"{tensor.path}: tensor {name} must be {', '.join(STORED_DTYPES)}, "
+                    f"got {tensor.dtype}"
+                )
+        sources[ours] = [stored[name] for name in parts]
+    for name, tensor in unexpected.items():
+        if name.rpartition(".")[2] not in IGNORED:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} {list(tensor.shape)} is unexpected; config.json "
+                "describes a model without it"
+            )
+    return sources
+
+
+def read_into(weight: Tensor, parts: list[Stored]) -> None:
+    """Fills `weight` with the rows of its parts; refuses NaN and infinities."""
+    row = 0
+    for part in parts:
+        rows = weight[row : row + part.shape[0]]
+        rows.copy_(part.read())
+        smallest, largest = (x.item() for x in rows.aminmax())  # either is NaN if any value is
+        if not (math.isfinite(smallest) and math.isfinite(largest)):
+            raise CheckpointError(
+                f"{part.path}: tensor {part.name} must be finite, got NaN or infinite values "
+                f"(stored as {part.dtype}, read as {weight.dtype})"
+            )
+        row += part.shape[0]
+
+
+@contextmanager
+def progress_bar(label: str, total: int, wanted: bool) -> Iterator[Callable[[], None]]:
+    """Yields a function to call once a part is done; shows a bar once two seconds have passed."""
+    bar = Progress(console=Console(stderr=True), transient=True, disable=not wanted)
+    task, start = bar.add_task(label, total=total), time.monotonic()
+
+    def advance() -> None:
+        bar.advance(task)
+        if not bar.live.is_started and time.monotonic() - start > 2.0:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
