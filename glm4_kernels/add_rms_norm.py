@@ -78,6 +78,7 @@ def launch_add_rms_norm(
         eps,
         BLOCK_N=block_n,
         num_warps=row_warps(block_n),
+        enable_fp_fusion=False,
     )
     return y, residual_out
 
@@ -105,9 +106,7 @@ _add_rms_norm = register_op(
 )
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Adds x to the residual stream and norms the sum, rounded as HF does.
 
     Args:

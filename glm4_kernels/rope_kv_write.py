@@ -21,8 +21,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm4_kernels.library import FLOAT_DTYPES, bad_type, bad_value, register_op
-from glm4_kernels.rope import check_positions, check_rotation, rope_reference
+from glm4_kernels.library import (
+    DEVICE_CHECKED,
+    FLOAT_DTYPES,
+    bad_type,
+    bad_value,
+    error_flags,
+    multiprocessor_count,
+    register_op,
+)
+from glm4_kernels.rope import (
+    check_positions,
+    check_rotation,
+    head_block,
+    head_warps,
+    load_rotation,
+    rope_reference,
+    rotate_pairs,
+)
+from glm4_kernels.triton_import import tl, triton
 
 # The largest magnitude each quantised cache represents.
 QUANTISED_LIMIT = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -62,9 +79,165 @@ def quantise_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [T, G, D] in `dtype`, and scale [T, G] such that x is about scale * the first."""
     limit = QUANTISED_LIMIT[dtype]
     x = x.to(torch.float32)
-    scale = x.abs().amax(-1) / limit
-    x = torch.where(scale[..., None] > 0, x / scale[..., None], 0.0).clamp(-limit, limit)
-    return (x.round() if dtype == torch.int8 else x).to(dtype), scale
+    scale = x.abs().amax(-1, keepdim=True) / limit
+    x = (x / torch.where(scale > 0, scale, 1.0)).clamp(-limit, limit)
+    return (x.round() if dtype == torch.int8 else x).to(dtype), scale.squeeze(-1)
+
+
+@triton.jit
+def _load_projected(qkv_ptr, bias_ptr, offset, mask):
+    """round(qkv + bias) of a tile of heads."""
+    x = tl.load(qkv_ptr + offset, mask=mask, other=0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offset, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + bias.to(tl.float32)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _write_heads(cache_ptr, scale_ptr, x, cache_offset, scale_offset, mask, head_mask):
+    """Stores x [heads, D], quantised with one scale a head where there are scales."""
+    dtype: tl.constexpr = cache_ptr.dtype.element_ty
+    if scale_ptr is not None:
+        LIMIT: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
+        x = x.to(tl.float32)
+        scale = tl.div_rn(tl.max(tl.abs(x), axis=1, keep_dims=True), LIMIT)
+        tl.store(scale_ptr + scale_offset, scale, mask=head_mask)
+        x = tl.div_rn(x, tl.where(scale > 0.0, scale, 1.0))
+        x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
+        if dtype == tl.int8:
+            x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds half to even
+    tl.store(cache_ptr + cache_offset, x.to(dtype), mask=mask)
+
+
+@triton.jit
+def _rope_kv_write_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    error_ptr,
+    qkv_ptr,
+    bias_ptr,
+    positions_ptr,
+    table_ptr,
+    slots_ptr,
+    stride_qkv_token,
+    stride_table_row,
+    stride_cache_page,
+    stride_cache_head,
+    stride_cache_offset,
+    stride_scale_page,
+    stride_scale_head,
+    stride_scale_offset,
+    n_positions,
+    n_slots,
+    n_heads,
+    n_kv_heads,
+    ROTARY_DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """BLOCK_H query heads, or BLOCK_G heads of the cache, of one token a program."""
+    n_q_blocks = tl.cdiv(n_heads, BLOCK_H)
+    n_blocks = n_q_blocks + tl.cdiv(n_kv_heads, BLOCK_G)
+    token = (tl.program_id(0) // n_blocks).to(tl.int64)
+    block = tl.program_id(0) % n_blocks
+    row_ptr = qkv_ptr + token * stride_qkv_token
+    dim = tl.arange(0, BLOCK_D)[None, :]
+
+    cos, sin, known = load_rotation(
+        positions_ptr, table_ptr, error_ptr, token, stride_table_row, n_positions,
+        ROTARY_DIM, BLOCK_D,
+    )  # fmt: skip
+
+    if block < n_q_blocks:
+        head = (block * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]).to(tl.int64)
+        known_mask = (head < tl.where(known, n_heads, 0)) & (dim < HEAD_DIM)
+        q_mask = (head < n_heads) & (dim < HEAD_DIM)
+        q = _load_projected(row_ptr, bias_ptr, head * HEAD_DIM + dim, known_mask)
+        q = rotate_pairs(q, cos, sin, ROTARY_DIM)
+        tl.store(q_ptr + (token * n_heads + head) * HEAD_DIM + dim, q, mask=q_mask)
+    else:
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        tl.store(error_ptr, 1, mask=(slot < -1) | (slot >= n_slots))
+        written = known & (slot >= 0) & (slot < n_slots)
+        group = ((block - n_q_blocks) * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]).to(tl.int64)
+        group_mask = group < tl.where(written, n_kv_heads, 0)
+        mask = group_mask & (dim < HEAD_DIM)
+
+        k = _load_projected(row_ptr, bias_ptr, (n_heads + group) * HEAD_DIM + dim, mask)
+        k = rotate_pairs(k, cos, sin, ROTARY_DIM)
+        v_head = n_heads + n_kv_heads + group
+        v = _load_projected(row_ptr, bias_ptr, v_head * HEAD_DIM + dim, mask)
+
+        page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
+        at = page * stride_cache_page + offset * stride_cache_offset + group * stride_cache_head
+        scale_at = (
+            page * stride_scale_page + offset * stride_scale_offset + group * stride_scale_head
+        )
+        _write_heads(k_cache_ptr, k_scale_ptr, k, at + dim, scale_at, mask, group_mask)
+        _write_heads(v_cache_ptr, v_scale_ptr, v, at + dim, scale_at, mask, group_mask)
+
+
+def launch_rope_kv_write(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    n_heads: int,
+    bias: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    n_tokens = qkv.shape[0]
+    n_pages, n_kv_heads, page_size, head_dim = k_cache.shape
+    q = torch.empty((n_tokens, n_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    if n_tokens == 0:
+        return q
+    qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
+    table = table if table.stride(1) == 1 else table.contiguous()
+    block_h = head_block(n_tokens, n_heads + n_kv_heads, multiprocessor_count(qkv.device))
+    block_g = max(block_h // 2, 2)  # K and V of half as many heads: the same work
+    block_d = triton.next_power_of_2(head_dim)
+    n_blocks = triton.cdiv(n_heads, block_h) + triton.cdiv(n_kv_heads, block_g)
+
+    _rope_kv_write_kernel[(n_tokens * n_blocks,)](
+        q,
+        k_cache,
+        v_cache,
+        k_scale,
+        v_scale,
+        error_flags(qkv.device)[DEVICE_CHECKED.index("rope_kv_write")],
+        qkv,
+        None if bias is None else bias.contiguous(),
+        positions.contiguous(),
+        table,
+        slots.contiguous(),
+        qkv.stride(0),
+        table.stride(0),
+        *k_cache.stride()[:3],
+        *((0, 0, 0) if k_scale is None else k_scale.stride()),
+        table.shape[0],
+        n_pages * page_size,
+        n_heads,
+        n_kv_heads,
+        ROTARY_DIM=table.shape[1],
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        BLOCK_H=block_h,
+        BLOCK_G=block_g,
+        BLOCK_D=block_d,
+        num_warps=head_warps(block_h, block_d),
+        enable_fp_fusion=False,  # a fused multiply-add would skip the rounding of a product
+    )
+    return q
 
 
 def check_rope_kv_write(
@@ -86,7 +259,7 @@ def check_rope_kv_write(
         raise bad_type(op, "qkv", "float32, bfloat16 or float16", qkv.dtype)
     if k_cache.dim() != 4:
         raise bad_value(op, "k_cache", "[n_pages, G, page_size, D]", list(k_cache.shape))
-    n_pages, n_kv_heads, page_size, head_dim = k_cache.shape
+    n_kv_heads, page_size, head_dim = k_cache.shape[1:]
     if page_size < 1 or page_size & (page_size - 1) != 0:
         raise bad_value(op, "k_cache", "of a page_size that is a power of two", page_size)
     if n_kv_heads < 1:
@@ -113,6 +286,12 @@ def check_rope_kv_write(
     check_written(op, "v_cache", v_cache, k_cache, k_cache.dtype)
     if k_cache.stride(3) != 1:
         raise bad_value(op, "k_cache", "contiguous over D", f"strides {k_cache.stride()}")
+    if (
+        k_cache.dtype == torch.float8_e4m3fn
+        and k_cache.device.type == "cuda"
+        and torch.cuda.get_device_capability(k_cache.device) < (8, 9)
+    ):
+        raise bad_type(op, "k_cache", "int8 or a float dtype before sm_89", k_cache.dtype)
     quantised = k_cache.dtype in QUANTISED_LIMIT
     for name, cache_scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (cache_scale is not None) != quantised:
@@ -130,7 +309,7 @@ def check_rope_kv_write(
 
 
 def check_written(op: str, name: str, x: Tensor, like: Tensor, dtype: torch.dtype) -> None:
-    """x, which the op writes into, is laid out like its K sibling and has no two equal addresses."""
+    """x, which the op writes, is laid out like its K sibling and has no two equal addresses."""
     if x.shape != like.shape:
         raise bad_value(op, name, list(like.shape), list(x.shape))
     if x.dtype != dtype:
@@ -177,7 +356,7 @@ _rope_kv_write = register_op(
     check=check_rope_kv_write,
     check_values=check_rope_kv_write_values,
     reference=rope_kv_write_reference,
-    launch=None,
+    launch=launch_rope_kv_write,
     fake=fake_rope_kv_write,
 )
 

@@ -87,6 +87,7 @@ def launch_sandwich_norm(
         eps,
         BLOCK_N=block_n,
         num_warps=row_warps(block_n),
+        enable_fp_fusion=False,
     )
     return y, residual_out
 

@@ -1,6 +1,6 @@
 """SwiGLU on the packed output of gate_up_proj.
 
-    y = round(silu(gate)) * up        gate, up = halves of gate_up        silu(g) = g / (1 + exp(-g))
+    y = round(silu(gate)) * up      silu(g) = g / (1 + exp(-g))      gate | up = gate_up
 
 Rounding points: silu in fp32, rounded to the dtype; the product is rounded again. This is `GlmMLP`
 / `Glm4MLP` of transformers.
