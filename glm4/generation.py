@@ -10,6 +10,7 @@ before the last one's tokens are read, so a stop is seen one step late and its r
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -143,23 +144,19 @@ def _plan_pages(
     page_bytes = 2 * config.layers * config.kv_heads * PAGE_SIZE * config.head_dim
     page_bytes *= model.dtype.itemsize
     needs = [_pages_for(length, max_new_tokens) for length in lengths]
-    asked = n_pages is not None
+    room = f"{n_pages} pages of cache (n_pages)"
     if n_pages is None:
         affordable = int(CACHE_SHARE * free_bytes(model.device)) // page_bytes
         n_pages = min(sum(sorted(needs)[-max_batch:]), affordable)
+        room = f"the {_gib(n_pages * page_bytes)} that a cache may take on {model.device}"
+    context = f"{config.max_positions} tokens (the model's context)"
     for index, (length, need) in enumerate(zip(lengths, needs, strict=True)):
-        size = f"{length} + {max_new_tokens}, whose cache takes {_gib(need * page_bytes)}"
+        actual = f"{length} + {max_new_tokens}, whose cache takes {_gib(need * page_bytes)}"
         name = f"prompts[{index}] with its new tokens"
         if length + max_new_tokens > config.max_positions:
-            raise bad_value(
-                "generate",
-                name,
-                f"at most {config.max_positions} tokens (the model's context)",
-                size,
-            )
+            raise bad_value("generate", name, f"at most {context}", actual)
         if need > n_pages:
-            room = f"{n_pages} pages" if asked else f"the {_gib(n_pages * page_bytes)} free for it"
-            raise bad_value("generate", name, f"few enough for {room} on {model.device}", size)
+            raise bad_value("generate", name, f"within {room}", actual)
     return n_pages
 
 
@@ -177,16 +174,19 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+
+    def number(pattern: str, file: str) -> int:
+        found = re.search(pattern, Path(file).read_text(), re.MULTILINE)
+        if found is None:
+            raise ValueError(f"{file} does not say")
+        return int(found[1])
+
     free = 2**62
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = (
-            next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) << 10
-        )
-        group = Path("/sys/fs/cgroup")  # version 2: a container's own limit
-        limit = int(group.joinpath("memory.max").read_text())
-        free = min(free, limit - int(group.joinpath("memory.current").read_text()))
-    except (OSError, ValueError, StopIteration):
+        free = number(r"^MemAvailable:\s*(\d+)", "/proc/meminfo") << 10
+        limit = number(r"^(\d+)", "/sys/fs/cgroup/memory.max")  # a container's own
+        free = min(free, limit - number(r"^anon (\d+)", "/sys/fs/cgroup/memory.stat"))
+    except (OSError, ValueError):
         pass  # not Linux, or no limit
     return max(free, 0)
 
