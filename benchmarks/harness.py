@@ -17,7 +17,7 @@ import math
 import pkgutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -72,7 +72,7 @@ def discover(only: list[str] | None = None) -> dict[str, ModuleType]:
     unknown = sorted(set(only or ()) - set(names))
     if unknown:
         raise ValueError(
-            f"benchmarks: --only must name some of {', '.join(names)}, got {', '.join(unknown)}"
+            f"--only must name some of {', '.join([*names, 'model'])}, got {', '.join(unknown)}"
         )
     return {
         name: importlib.import_module(f"benchmarks.bench_{name}")
@@ -286,12 +286,11 @@ def against_peers(contenders: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_cases(
-    modules: dict[str, ModuleType], device: torch.device, ceilings: Ceilings, quick: bool = False
+    cases: Iterable[Case], device: torch.device, ceilings: Ceilings, quick: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Results of every case of every module, one after the other."""
+    """The results of the cases, one after the other."""
     probe = CpuReadProbe() if device.type == "cpu" and not quick else None
-    for module in modules.values():
-        for case in module.cases(device):
-            with torch.inference_mode():
-                result = run_case(case, device, ceilings, probe, quick)
-            yield result
+    for case in cases:
+        with torch.inference_mode():
+            result = run_case(case, device, ceilings, probe, quick)
+        yield result

@@ -27,8 +27,9 @@ from glm4.generation import free_bytes, stream
 # Of the free memory, what weights and caches may take; the rest is for activations and logits.
 MEMORY_SHARE = 0.85
 
-# Our logits against transformers' on the same weights: bf16 through every layer.
-LOGITS_TOLERANCE = 0.05
+# Our logits against transformers' on the same weights. bf16 rounds by up to 2^-9, some ten times a
+# layer: sqrt(61 * 10) * 2^-9 = 5 % after the 61 layers of the largest model; twice that.
+LOGITS_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,14 @@ class Plan:
     steps: int = 30  # of decode, timed
 
 
-CPU_PLANS = (
-    Plan("demo", None, (1, 8), (256,), 64, 64, (1, 8), 20),
-    Plan("glm-4-9b-chat", 4, (1, 8), (512, 4096), 128, 8, (1,), 5),
-)
+# What `python -m benchmarks` measures: minutes on a GPU, about one on two CPU cores.
+PLANS = {
+    "cuda": (Plan("glm-4-9b-chat"),),
+    "cpu": (
+        Plan("demo", None, (1, 8), (256,), 64, 64, (1, 8), 20),
+        Plan("glm-4-9b-chat", 4, (1, 8), (1024,), 128, 8, (1,), 5),
+    ),
+}
 QUICK_PLAN = Plan("demo", None, (1, 2), (64,), 8, 3, (1, 2), 1)
 
 

@@ -1,0 +1,130 @@
+"""`python -m benchmarks …`: per op, whole model, the GPU run, the report. Runs from a clone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks import gpu, report
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.harness import discover, run_cases
+from benchmarks.model_bench import PLANS, QUICK_PLAN, measure_model
+from benchmarks.provenance import PEERS, provenance, write_json
+
+console = Console()
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    top.add_argument("--only", metavar="OP,…", help="these ops; 'model' is the whole model")
+    top.add_argument("--json", metavar="FILE", type=Path, help="write all results there")
+    top.add_argument("--quick", action="store_true", help="see that all runs; times mean nothing")
+    top.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    commands = top.add_subparsers(dest="command", metavar="gpu | report")
+
+    run = commands.add_parser("gpu", help="the GPU run, in resumable stages")
+    run.add_argument("--out", metavar="DIR", type=Path, required=True, help="one JSON per stage")
+    run.add_argument("--stage", nargs="+", choices=list(gpu.STAGES), help="default: all, in order")
+    run.add_argument("--force", action="store_true", help="run stages again that ended well")
+
+    tables = commands.add_parser("report", help="README tables and plots from committed results")
+    tables.add_argument("results", metavar="RESULTS_DIR", type=Path)
+    tables.add_argument("--readme", type=Path, help="the file whose marked block to write")
+    tables.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    command = {None: run_here, "gpu": run_gpu, "report": run_report}[args.command]
+    try:
+        return command(args)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+
+
+def run_here(args: argparse.Namespace) -> int:
+    """Every op, then the whole model, on this machine; 1 if anything of ours was wrong."""
+    only = args.only.split(",") if args.only else None
+    modules = discover([op for op in only if op != "model"] if only else None)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"), 0)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: must be cpu, no CUDA device was found")
+    origin = provenance(device, args.quick)
+    console.print(f"{origin['device']}, torch {origin['versions']['torch']}")
+    for peer in PEERS:
+        if origin["versions"][peer] is None:
+            console.print(f"skipped: {peer}: not installed", style="dim")
+
+    with console.status("measuring the ceilings"):
+        ceilings = measure_ceilings(device, args.quick)
+    result: dict[str, Any] = {"provenance": origin, "ceilings": asdict(ceilings)}
+    result |= {"ops": [], "models": []}
+
+    def save(more: dict[str, Any] | None = None) -> None:
+        if args.json:
+            write_json(args.json, result | (more or {}))
+
+    for op, module in modules.items():
+        cases = list(module.cases(device))
+        with console.status(op) as status:
+            for i, done in enumerate(run_cases(cases, device, ceilings, args.quick)):
+                result["ops"].append(done)
+                status.update(f"{op}: {i + 1} of {len(cases)} cases")
+                save()
+        if cases:
+            console.print(report.op_table(result["ops"][-len(cases) :]))
+
+    if only is None or "model" in only:
+        for plan in (QUICK_PLAN,) if args.quick else PLANS[device.type]:
+            with console.status(plan.model) as status:
+                for model in measure_model(plan, device, ceilings, status.update):
+                    save({"models": [*result["models"], model]})
+            result["models"].append(model)
+            console.print(report.model_table(model))
+    return 1 if any(op["contenders"][0]["status"] != "ok" for op in result["ops"]) else 0
+
+
+def run_gpu(args: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise ValueError("gpu: must run on a machine with a CUDA device, found none")
+    stages = {name: gpu.STAGES[name] for name in args.stage or gpu.STAGES}
+    failed = gpu.run_stages(stages, args.out, provenance(gpu.CUDA), args.force, console.print)
+    if failed:
+        print(f"benchmarks: gpu: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Writes plots and the README's block; with --check only compares the block."""
+    if not args.check:
+        try:
+            for written in report.plot(args.results):
+                console.print(f"wrote {written}")
+        except ImportError:
+            console.print("skipped: plots: matplotlib is not installed")
+    if args.readme is None:
+        print(report.markdown(args.results, args.results))
+        return 0
+    text = args.readme.read_text()
+    fresh = report.with_block(text, report.markdown(args.results, args.readme))
+    if args.check and fresh != text:
+        raise ValueError(
+            f"report: {args.readme} is out of date; run "
+            f"python -m benchmarks report {args.results} --readme {args.readme}"
+        )
+    if fresh != text:
+        args.readme.write_text(fresh)
+        console.print(f"wrote {args.readme}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

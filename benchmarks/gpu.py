@@ -1,0 +1,241 @@
+"""The GPU run: build, test, time, in stages that each write one JSON file.
+
+    python -m benchmarks gpu --out DIR                  all stages that DIR does not hold yet
+    python -m benchmarks gpu --out DIR --stage kernels  only these
+
+Each stage runs in its own process under its own time limit, so that a crash or a hang costs one
+stage. Its file grows while it runs: what was measured before a failure is kept, beside the error.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.harness import discover, one_line, run_cases
+from benchmarks.model_bench import Plan, decode_step, made, measure_model
+from benchmarks.provenance import REPOSITORY, write_json
+
+CUDA = torch.device("cuda", 0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    run: Callable[[], Iterator[dict[str, Any]]]  # yields its result as it grows; picklable
+    minutes: float  # after these it is stopped
+
+
+def build() -> Iterator[dict[str, Any]]:
+    """Builds the extension in place, from what is installed: no network."""
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
+    began = time.monotonic()
+    ran = subprocess.run(
+        [*command, "-e", str(REPOSITORY)], capture_output=True, text=True, errors="replace"
+    )
+    print(ran.stdout + ran.stderr, flush=True)
+    if ran.returncode:
+        raise RuntimeError(f"pip install -e . ended with {ran.returncode}")
+    found = subprocess.run(
+        [sys.executable, "-m", "glm4", "env", "--json"],
+        capture_output=True, text=True, cwd=REPOSITORY, check=True,
+    )  # fmt: skip
+    environment = json.loads(found.stdout)
+    kept = {name: environment[name] for name in ("packages", "extension", "missing")}
+    yield {"build_seconds": time.monotonic() - began, "environment": kept}
+
+
+def tests() -> Iterator[dict[str, Any]]:
+    """Runs every test file in a process of its own, a few at a time; fails if a test failed."""
+    files = sorted((REPOSITORY / "tests").glob("test_*.py"))
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    result: dict[str, Any] = {"tests": counts, "failures": [], "files_left": len(files)}
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
+        for outcomes in pool.map(run_test_file, files):
+            for outcome, test, message in outcomes:
+                counts[outcome] += 1
+                if outcome == "failed":
+                    result["failures"].append({"test": test, "message": message})
+            result["files_left"] -= 1
+            yield result
+    if counts["failed"]:
+        raise RuntimeError(f"{counts['failed']} tests failed")
+
+
+def run_test_file(file: Path) -> list[tuple[str, str, str]]:
+    """(outcome, test, message) of each test of one file."""
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        ran = subprocess.run(
+            [*command, f"--junitxml={junit}", str(file)],
+            capture_output=True, text=True, errors="replace", cwd=REPOSITORY,
+        )  # fmt: skip
+        print(ran.stdout[-4000:], flush=True)
+        if not junit.exists():
+            return [("failed", file.name, f"pytest ended with {ran.returncode}")]
+        outcomes = []
+        for case in ElementTree.parse(junit).iter("testcase"):
+            test = f"{case.get('classname')}::{case.get('name')}"
+            bad = [case.find(kind) for kind in ("failure", "error")]
+            message = next((b.get("message", "") for b in bad if b is not None), None)
+            if message is not None:
+                outcomes.append(("failed", test, message.split("\n")[0][:300]))
+            else:
+                skipped = case.find("skipped") is not None
+                outcomes.append(("skipped" if skipped else "passed", test, ""))
+        return outcomes
+
+
+def kernels() -> Iterator[dict[str, Any]]:
+    """Times every case of every `bench_*`."""
+    ceilings = measure_ceilings(CUDA)
+    result: dict[str, Any] = {"ceilings": asdict(ceilings), "ops": []}
+    yield result
+    cases = [case for module in discover().values() for case in module.cases(CUDA)]
+    for op in run_cases(cases, CUDA, ceilings):
+        print(f"{op['op']}: {op['label']}", flush=True)
+        result["ops"].append(op)
+        yield result
+    wrong = [
+        f"{op['op']} ({op['label']})"
+        for op in result["ops"]
+        if op["contenders"][0]["status"] != "ok"
+    ]
+    if wrong:
+        raise RuntimeError(f"wrong or failed: {', '.join(wrong)}")
+
+
+def model(plan: Plan) -> Iterator[dict[str, Any]]:
+    ceilings = measure_ceilings(CUDA)
+    for grown in measure_model(plan, CUDA, ceilings):
+        yield {"ceilings": asdict(ceilings), "models": [grown]}
+
+
+def profile(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Time of each kernel in one decode step, batch 1."""
+    from torch.profiler import ProfilerActivity
+
+    context = plan.contexts[0]
+    with torch.inference_mode():
+        step = decode_step(made(plan, CUDA), 1, context)
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
+            step()
+            torch.cuda.synchronize()
+    rows = [
+        {"kernel": event.key[:120], "calls": event.count, "us": event.self_device_time_total}
+        for event in p.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    rows.sort(key=lambda row: -row["us"])
+    total = sum(row["us"] for row in rows)
+    yield {
+        "profile": {
+            "model": plan.model,
+            "batch": 1,
+            "context": context,
+            "us": total,
+            "kernels": rows,
+        }
+    }
+
+
+STAGES = {
+    "build": Stage(build, 7.5),
+    "tests": Stage(tests, 7.8),
+    "kernels": Stage(kernels, 7.8),
+    "model-9b": Stage(partial(model, Plan("glm-4-9b-chat")), 7.8),
+    "model-9b-0414": Stage(partial(model, Plan("glm-4-9b-0414", contexts=(1024, 32768))), 7.8),
+    "model-32b": Stage(partial(model, Plan("glm-4-32b-0414", contexts=(1024, 32768))), 7.8),
+    "model-1m": Stage(
+        partial(
+            model,
+            Plan("glm-4-9b-chat-1m", batches=(1,), contexts=(131072, 1 << 20), generate_batches=()),
+        ),
+        7.8,
+    ),
+    "profile": Stage(partial(profile, Plan("glm-4-9b-chat", contexts=(1024,))), 5.0),
+}
+
+
+def run_stages(
+    stages: dict[str, Stage],
+    out: Path,
+    origin: dict[str, Any],
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Runs the stages in order and returns the names of those that failed.
+
+    A stage whose file says that it ended well is not run again, unless `force`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name, stage in stages.items():
+        file = out / f"{name}.json"
+        if not force and file.exists() and json.loads(file.read_text())["error"] is None:
+            say(f"{name}: done before, kept")
+            continue
+        say(f"{name}: at most {stage.minutes:g} minutes")
+        began = time.monotonic()
+        error = run_stage(name, stage, file, origin)
+        if error:
+            failed.append(name)
+        say(f"{name}: {error or 'done'} ({time.monotonic() - began:.0f} s)")
+    return failed
+
+
+def run_stage(name: str, stage: Stage, file: Path, origin: dict[str, Any]) -> str | None:
+    """Runs one stage in a process; what went wrong, if anything did, is also in its file."""
+    head = {"stage": name, "provenance": origin, "error": "did not end"}
+    write_json(file, head)
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=(stage, file, head))
+    process.start()
+    process.join(60 * stage.minutes)
+    late = process.is_alive()
+    if late:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its compilers and test processes too
+        process.kill()
+        process.join()
+    result = json.loads(file.read_text())
+    if late:
+        result["error"] = f"stopped after {stage.minutes:g} minutes"
+    elif process.exitcode != 0 and result["error"] == head["error"]:
+        result["error"] = f"its process died ({process.exitcode})"
+    write_json(file, result)
+    return result["error"]
+
+
+def _child(stage: Stage, file: Path, head: dict[str, Any]) -> None:
+    os.setsid()
+    began = time.monotonic()
+    result: dict[str, Any] = {}
+    try:
+        for result in stage.run():
+            write_json(file, head | result)
+        error = None
+    except Exception as raised:
+        traceback.print_exc()
+        error = one_line(raised)
+    write_json(file, head | result | {"error": error, "seconds": time.monotonic() - began})

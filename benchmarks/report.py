@@ -1,0 +1,239 @@
+"""Tables and plots of results: in the terminal, and in README.md from the committed JSON files.
+
+python -m benchmarks report benchmarks/results --readme README.md [--check]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+PLOT = "share.svg"
+
+Result = dict[str, Any]
+
+
+def duration(us: float) -> str:
+    return f"{us:.1f} µs" if us < 1000 else f"{us / 1000:.2f} ms"
+
+
+def rate(op: Result, timing: Result) -> str:
+    if op["bound"] == "memory":
+        return f"{timing['gb_per_s']:.4g} GB/s"
+    return f"{timing['tflop_per_s']:.3g} TFLOP/s"
+
+
+def share(op: Result, timing: Result) -> str:
+    """Share of the ceiling; marked where the data lay in a cache, whose ceiling is another."""
+    return f"{timing['share']:.0%}" + (" (in cache)" if op["in_cache"] else "")
+
+
+def speedup(op: Result) -> str:
+    if op["speedup"] is None:
+        return "no peer"
+    return f"{op['speedup']:.2f}x {op['best_peer']}"
+
+
+def op_table(results: list[Result]) -> Table:
+    """Everybody's times in the cases of one op, for the terminal."""
+    table = Table(title=results[0]["op"], title_justify="left")
+    graph = any("graph" in c for op in results for c in op["contenders"])
+    for name in ("case", "who", "eager", "p20-p80", *(["in a graph"] if graph else [])):
+        table.add_column(name, justify="left" if name in ("case", "who") else "right")
+    for name in ("rate", "of ceiling", "against the best peer"):
+        table.add_column(name, justify="right")
+    for op in results:
+        for i, contender in enumerate(op["contenders"]):
+            row = [op["label"] if i == 0 else "", contender["name"]]
+            eager, best = contender.get("eager"), contender.get("graph", contender.get("eager"))
+            if eager is None:
+                table.add_row(*row, f"[red]{contender['status']}: {contender['note']}")
+                continue
+            row += [duration(eager["us"]), f"{eager['p20_us']:.1f}-{eager['p80_us']:.1f}"]
+            if graph:
+                row.append(duration(best["us"]) if "graph" in contender else "none")
+            row += [rate(op, best), share(op, best), speedup(op) if i == 0 else ""]
+            table.add_row(*row, style="bold" if i == 0 else "")
+        table.add_section()
+    return table
+
+
+def model_table(model: Result) -> Table:
+    table = Table(*DECODE_COLUMNS, title=model_name(model), title_justify="left")
+    for row in decode_rows(model):
+        table.add_row(*row)
+    for row in generate_rows(model):
+        table.add_row(*row)
+    for reason in model["skipped"]:
+        table.add_row(f"[yellow]skipped: {reason}")
+    return table
+
+
+def model_name(model: Result) -> str:
+    layers = "" if model["all_layers"] else f", {model['layers']} layers only"
+    return f"{model['model']}{layers}, {model['dtype']}"
+
+
+DECODE_COLUMNS = ("what", "batch", "tokens", "tokens/s", "of the bytes roofline", "first token")
+
+
+def decode_rows(model: Result) -> Iterable[tuple[str, ...]]:
+    for row in model["decode"]:
+        for mode in ("graph", "eager"):
+            if mode in row:
+                yield (
+                    "decode step" + (", CUDA graph" if mode == "graph" else ""),
+                    str(row["batch"]),
+                    f"{row['context']:,} in the cache",
+                    f"{row[mode]['tokens_per_s']:.1f}",
+                    f"{row[mode]['share']:.0%}",
+                    "",
+                )
+
+
+def generate_rows(model: Result) -> Iterable[tuple[str, ...]]:
+    for row in model["generate"]:
+        yield (
+            f"generate, {row['engine']}",
+            str(row["batch"]),
+            f"{row['prompt']:,} + {row['new_tokens']:,}",
+            f"{row['tokens_per_s']:.1f}",
+            "",
+            f"{row['first_token_ms']:.0f} ms",
+        )
+
+
+def load_results(root: Path) -> dict[str, list[Result]]:
+    """The result files under `root` by folder, one folder a device; refuses those of --quick."""
+    if not root.is_dir():
+        raise ValueError(f"report: RESULTS_DIR must be a folder, got {root}")
+    devices: dict[str, list[Result]] = {}
+    for file in sorted(root.rglob("*.json")):
+        try:
+            result = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"report: {file} must be JSON, got {error}") from None
+        if "provenance" not in result:
+            continue
+        if result["provenance"]["quick"]:
+            raise ValueError(f"report: {file} must not come from --quick: its times mean nothing")
+        devices.setdefault(str(file.parent.relative_to(root)), []).append(result)
+    return devices
+
+
+def markdown(root: Path, readme: Path) -> str:
+    """What stands between the markers of the README."""
+    parts = []
+    for folder, results in load_results(root).items():
+        ops = [op for result in results for op in result.get("ops", ())]
+        models = [model for result in results for model in result.get("models", ())]
+        parts.append(f"### {results[0]['provenance']['device']}\n\n{origin(results)}")
+        for model in models:
+            rows = [*decode_rows(model), *generate_rows(model)]
+            parts.append(
+                f"**{model_name(model)}**, random weights\n\n{pipes(DECODE_COLUMNS, rows)}"
+            )
+        if ops:
+            columns = ("op", "case", "time", "rate", "of ceiling", "against the best peer")
+            summary = f"{len(ops)} cases of {len({op['op'] for op in ops})} ops"
+            table = pipes(columns, map(op_row, ops))
+            parts.append(f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>")
+        plot = root / folder / PLOT
+        if plot.exists():
+            link = Path(plot.resolve()).relative_to(readme.resolve().parent).as_posix()
+            parts.append(f"![Share of the measured ceiling]({link})")
+    return "\n\n".join(parts) or "No results are committed yet."
+
+
+def op_row(op: Result) -> tuple[str, ...]:
+    ours = op["contenders"][0]
+    if "eager" not in ours:
+        return op["op"], op["label"], f"{ours['status']}: {ours['note']}", "", "", ""
+    mode = op["compared_in"] or ("graph" if "graph" in ours else "eager")
+    timing = ours[mode]
+    where = ", in a graph" if mode == "graph" else ""
+    return (
+        op["op"],
+        op["label"],
+        duration(timing["us"]) + where,
+        rate(op, timing),
+        share(op, timing),
+        speedup(op),
+    )
+
+
+def origin(results: list[Result]) -> str:
+    """One paragraph: versions, commits, dates, ceilings."""
+    versions = results[0]["provenance"]["versions"]
+    packages = [f"{name} {version}" for name, version in versions.items() if version]
+    sources = sorted(
+        {
+            f"{(r['provenance']['commit'] or 'source ' + r['provenance']['source_hash'])[:9]} on "
+            f"{r['provenance']['date'][:10]}"
+            for r in results
+        }
+    )
+    lines = [f"Measured at {', '.join(sources)}, with {', '.join(packages)}."]
+    ceilings = [r["ceilings"] for r in results if "ceilings" in r]
+    if ceilings:
+        c = ceilings[0]
+        lines.append(
+            f"Ceilings in the same run: copy {c['copy'] / 1e9:,.0f} GB/s (read + write), read "
+            f"{c['read'] / 1e9:,.0f} GB/s, bf16 matmul {c['matmul'] / 1e12:.3g} TFLOP/s."
+        )
+    return " ".join(lines)
+
+
+def pipes(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = tuple(columns)
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def with_block(text: str, block: str) -> str:
+    """`text` with `block` between its markers."""
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"report: --readme must name a file that holds {START} … {END} once")
+    head, rest = text.split(START)
+    return f"{head}{START}\n\n{block}\n\n{END}{rest.split(END)[1]}"
+
+
+def plot(root: Path) -> list[Path]:
+    """One bar chart per device: share of the ceiling by case, ours beside the best peer's."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "glm4-kernels"  # the same file from the same results
+    from matplotlib import pyplot
+
+    written = []
+    for folder, results in load_results(root).items():
+        ops = [op for r in results for op in r.get("ops", ()) if "eager" in op["contenders"][0]]
+        if not ops:
+            continue
+        figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.28 * len(ops)))
+        for offset, who in ((-0.2, "ours"), (0.2, "best peer")):
+            bars = [bar(op, who) for op in ops]
+            places = [i + offset for i in range(len(ops))]
+            axes.barh(places, bars, 0.38, label=who)
+        axes.set_yticks(range(len(ops)), [f"{op['op']}: {op['label']}" for op in ops], fontsize=7)
+        axes.invert_yaxis()
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_xlabel("share of the ceiling measured in the same run")
+        axes.legend()
+        figure.tight_layout()
+        written.append(root / folder / PLOT)
+        figure.savefig(written[-1], metadata={"Date": None})
+        pyplot.close(figure)
+    return written
+
+
+def bar(op: Result, who: str) -> float:
+    mode = op["compared_in"] or "eager"
+    name = op["contenders"][0]["name"] if who == "ours" else op["best_peer"]
+    return next((c[mode]["share"] for c in op["contenders"] if c["name"] == name), 0.0)
