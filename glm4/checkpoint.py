@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-import time
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,15 +91,15 @@ def load(
     check_dtype(config, dtype)
 
     weights: dict[str, Weight] = {}
-    with progress_bar(f"Loading {folder.name}", len(config.shapes), progress) as advance:
-        for name, shape in config.shapes.items():
+    with progress_bar(f"Loading {folder.name}", len(config.shapes), progress) as show:
+        for done, (name, shape) in enumerate(config.shapes.items(), 1):
             if name == "lm_head" and config.tied:
                 weight = weights["embedding"]
             else:
                 weight = torch.empty(shape, dtype=dtype, device=target)
                 read_into(weight, sources[name])
             weights[name] = prepare(name, weight)
-            advance()
+            show(done)
     model = Model(config, weights, target, dtype, rope_mode)
     model.path = folder
     return model
@@ -497,17 +497,19 @@ def read_into(weight: Tensor, parts: list[Stored]) -> None:
 
 
 @contextmanager
-def progress_bar(label: str, total: int, wanted: bool) -> Iterator[Callable[[], None]]:
-    """Yields a function to call once a part is done; shows a bar once two seconds have passed."""
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not wanted)
-    task, start = bar.add_task(label, total=total), time.monotonic()
-
-    def advance() -> None:
-        bar.advance(task)
-        if not bar.live.is_started and time.monotonic() - start > 2.0:
-            bar.start()
-
+def progress_bar(label: str, total: int, wanted: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yields a function to call with how much is done; after two seconds a bar shows on stderr."""
+    console = Console(stderr=True)
+    seen = wanted and (console.is_terminal or console.is_jupyter)
+    bar = Progress(console=console, transient=True, disable=not seen)
+    task = bar.add_task(label, total=total)
+    timer = threading.Timer(2.0, bar.start)
+    timer.daemon = True
+    timer.start()
     try:
-        yield advance
+        yield lambda done: bar.update(task, completed=done)
     finally:
-        bar.stop()
+        timer.cancel()
+        timer.join()
+        if bar.live.is_started:  # else stop() prints an empty line
+            bar.stop()

@@ -10,12 +10,10 @@ import argparse
 import json
 import os
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from glm4.env import environment, report, version
 
@@ -58,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"glm4-kernels {version()}")
+    parser.add_argument("--version", action="version", version=_version())
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -102,6 +100,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"glm4: {message} (see `{self.prog} --help`)\n")
 
 
+def _version() -> str:
+    return f"glm4-kernels {version() or 'from a source tree, not installed'}"
+
+
 def env(args: argparse.Namespace) -> None:
     """Shows versions, the CPU, GPUs, what the extension was built with, and what is missing."""
     found = environment()
@@ -110,7 +112,7 @@ def env(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Continues a text, as it comes, on stdout; then says on stderr how fast that was."""
-    from glm4.checkpoint import find_folder, load, read_config
+    from glm4.checkpoint import find_folder, load, progress_bar, read_config
     from glm4.generation import stream
     from glm4.sampling import Sampling
     from glm4.tokenizer import TextStream, Tokenizer
@@ -133,8 +135,14 @@ def generate(args: argparse.Namespace) -> None:
 
     times = [time.perf_counter()]
     pieces = TextStream(tokenizer)
-    with _prefill_bar() as on_prefill:
-        tokens = stream(model, [prompt], args.max_new_tokens, *chosen, on_prefill=on_prefill)
+    with progress_bar("Reading the prompt", len(prompt)) as show:
+        tokens = stream(
+            model,
+            [prompt],
+            args.max_new_tokens,
+            *chosen,
+            on_prefill=lambda done, total: show(done),
+        )
         first = next(tokens)
     _write(pieces.push(first[1]))
     times.append(time.perf_counter())
@@ -149,7 +157,8 @@ def generate(args: argparse.Namespace) -> None:
     speeds = f"prefill {_speed(len(prompt), prefill)}"
     if n_decoded:
         speeds += f", decode {_speed(n_decoded, decode)}"
-    print(f"glm4: {speeds} ({model.device}, {model.dtype})", file=sys.stderr)
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(f"glm4: {speeds} on {model.device} in {dtype}", file=sys.stderr)
 
 
 def _speed(n_tokens: int, seconds: float) -> str:
@@ -173,27 +182,7 @@ def _read_stdin() -> str:
         raise ValueError(f"the prompt on stdin is not UTF-8: {error}") from None
 
 
-@contextmanager
-def _prefill_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, if reading the prompt takes over two seconds."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task("Reading the prompt", total=None)
-    timer = threading.Timer(2.0, bar.start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-    finally:
-        timer.cancel()
-        timer.join()
-        bar.stop()
-
-
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"glm4: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
