@@ -127,7 +127,7 @@ def load_results(root: Path) -> dict[str, list[Result]]:
 
 
 def markdown(root: Path, readme: Path) -> str:
-    """What stands between the markers of the README."""
+    """What stands between the markers of the README; nothing where there are no results."""
     parts = []
     for folder, results in load_results(root).items():
         ops = [op for result in results for op in result.get("ops", ())]
@@ -147,7 +147,7 @@ def markdown(root: Path, readme: Path) -> str:
         if plot.exists():
             link = Path(plot.resolve()).relative_to(readme.resolve().parent).as_posix()
             parts.append(f"![Share of the measured ceiling]({link})")
-    return "\n\n".join(parts) or "No results are committed yet."
+    return "\n\n".join(parts)
 
 
 def op_row(op: Result) -> tuple[str, ...]:
@@ -200,7 +200,8 @@ def with_block(text: str, block: str) -> str:
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise ValueError(f"report: --readme must name a file that holds {START} … {END} once")
     head, rest = text.split(START)
-    return f"{head}{START}\n\n{block}\n\n{END}{rest.split(END)[1]}"
+    body = f"\n{block}\n\n" if block else ""
+    return f"{head}{START}\n{body}{END}{rest.split(END)[1]}"
 
 
 def plot(root: Path) -> list[Path]:
