@@ -1,0 +1,300 @@
+"""The launches that GLM-4 makes: every Triton op at the models' real shapes, on meta tensors.
+
+    python tests/launches.py --write    # compiles all of them for every architecture and commits
+                                        # the figures to tests/aot_resources/triton-<version>.json
+
+Shapes are listed here; what is launched for them (kernels, tiles, warps, specialisations) is
+captured from the launchers. test_ahead_of_time.py runs this file in a process of its own, since
+under TRITON_INTERPRET=1 nothing compiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FIGURES = Path(__file__).parent / "aot_resources"
+if __name__ == "__main__":
+    sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from offset_overflow import overflowing_products  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import glm4_kernels  # noqa: E402
+from benchmarks.shapes import SHAPES, ModelShape  # noqa: E402
+from glm4.cache import PAGE_SIZE  # noqa: E402
+from glm4_kernels.add_rms_norm import launch_add_rms_norm  # noqa: E402
+from glm4_kernels.ahead_of_time import (  # noqa: E402
+    SHARED_LIMIT,
+    Launch,
+    capture,
+    compile_launch,
+    figures,
+)
+from glm4_kernels.flash_decode import launch_flash_decode  # noqa: E402
+from glm4_kernels.rms_norm import launch_rms_norm  # noqa: E402
+from glm4_kernels.rope import launch_rope  # noqa: E402
+from glm4_kernels.rope_kv_write import launch_rope_kv_write  # noqa: E402
+from glm4_kernels.sandwich_norm import launch_sandwich_norm  # noqa: E402
+from glm4_kernels.swiglu import launch_swiglu  # noqa: E402
+
+EPS = 1.5625e-07
+CONTEXT = 1 << 20  # the longest of the family
+TOKENS = {"1 token": 1, "64 tokens": 64, "1M tokens": CONTEXT}
+# One shape per group of query heads: 16, 8, 24, 6.
+ATTENTION_MODELS = ("glm-4-9b", "glm-4-9b-chat-1m", "glm-4-32b-0414", "glm-z1-rumination-32b-0414")
+EVERYWHERE = ("glm-4-9b", "glm-4-32b-0414")  # the two that the test compiles for every GPU
+# (label, batch, queries a sequence, context): one sequence at the longest context, a captured
+# batch, speculative verification, and a batch so large that one split fills the chip.
+DECODES = (
+    ("1 x 1M", 1, 1, CONTEXT),
+    ("64 x 8K", 64, 1, 8192),
+    ("1 x 4 queries x 128K", 1, 4, 1 << 17),
+    ("256 x 1K", 256, 1, 1024),
+)
+BF16, FP16, INT8, FP8 = torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher at a size that GLM-4 meets."""
+
+    op: str
+    label: str
+    launch: Callable[[], Any]
+    everywhere: bool  # the test compiles it for all architectures, not for sm_90 alone
+    min_capability: int = 80
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cases() -> Iterator[Case]:
+    for dtype in (BF16, FP16):
+        for model in EVERYWHERE:
+            for length, n_tokens in TOKENS.items():
+                label = f"{model}, {length}, {name(dtype)}"
+                for op, launch in row_launches(SHAPES[model], n_tokens, dtype).items():
+                    yield Case(op, label, launch, everywhere=dtype == BF16)
+
+    for model in ATTENTION_MODELS:
+        for table_dtype in (BF16, torch.float32):
+            yield from rope_cases(model, table_dtype)
+        for cache_dtype in (BF16, INT8, FP8):
+            yield from rope_kv_write_cases(model, BF16, cache_dtype)
+            yield from flash_decode_cases(model, BF16, cache_dtype)
+    yield from rope_kv_write_cases("glm-4-9b", FP16, FP16)
+    yield from flash_decode_cases("glm-4-9b", FP16, FP16)
+
+
+def row_launches(
+    shape: ModelShape, n_tokens: int, dtype: torch.dtype
+) -> dict[str, Callable[[], Any]]:
+    """The ops over rows of one width."""
+    x = meta(n_tokens, shape.hidden, dtype=dtype)
+    weight = meta(shape.hidden, dtype=dtype)
+    gate_up = meta(n_tokens, 2 * shape.ffn, dtype=dtype)
+    return {
+        "rms_norm": lambda: launch_rms_norm(x, weight, EPS),
+        "add_rms_norm": lambda: launch_add_rms_norm(x, x, weight, EPS),
+        "sandwich_norm": lambda: launch_sandwich_norm(x, x, weight, weight, EPS),
+        "swiglu": lambda: launch_swiglu(gate_up),
+    }
+
+
+def rope_cases(model: str, table_dtype: torch.dtype) -> Iterator[Case]:
+    shape = SHAPES[model]
+    for length, n_tokens in TOKENS.items():
+        q, k, _ = packed_qkv(shape, n_tokens, BF16).split(
+            [shape.heads, shape.kv_heads, shape.kv_heads], dim=1
+        )
+        yield Case(
+            "rope",
+            f"{model}, {length}, {name(table_dtype)} table",
+            partial(launch_rope, q, k, meta(n_tokens, dtype=torch.int64), table(table_dtype)),
+            everywhere=model in EVERYWHERE and table_dtype == BF16,
+        )
+
+
+def rope_kv_write_cases(model: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> Iterator[Case]:
+    shape = SHAPES[model]
+    for length, n_tokens in TOKENS.items():
+        qkv = packed_qkv(shape, n_tokens, dtype).flatten(1)
+        pages, scale = cache(shape, 2 * CONTEXT // PAGE_SIZE, cache_dtype)
+        index = meta(n_tokens, dtype=torch.int64)
+        bias = meta(qkv.shape[1], dtype=dtype) if shape.qkv_bias else None
+        yield Case(
+            "rope_kv_write",
+            f"{model}, {length}, {name(dtype)}, {name(cache_dtype)} cache",
+            partial(
+                launch_rope_kv_write,
+                *(qkv, index, table(dtype), pages, pages, index, shape.heads, bias, scale, scale),
+            ),
+            everywhere=model in EVERYWHERE and length == "64 tokens" and dtype == BF16,
+            min_capability=89 if cache_dtype == FP8 else 80,
+        )
+
+
+def flash_decode_cases(model: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> Iterator[Case]:
+    shape = SHAPES[model]
+    for sizes, batch, n_queries, context in DECODES:
+        queries = (batch,) if n_queries == 1 else (batch, n_queries)
+        q = meta(*queries, shape.heads, shape.head_dim, dtype=dtype)
+        max_pages = context // PAGE_SIZE
+        pages, scale = cache(shape, batch * max_pages, cache_dtype)
+        block_table = meta(batch, max_pages, dtype=torch.int32)
+        lengths = meta(batch, dtype=torch.int32)
+        softmax_scale = shape.head_dim**-0.5
+        yield Case(
+            "flash_decode",
+            f"{model}, {sizes}, {name(dtype)}, {name(cache_dtype)} cache",
+            partial(
+                launch_flash_decode,
+                *(q, pages, pages, block_table, lengths, softmax_scale, scale, scale),
+            ),
+            everywhere=model in EVERYWHERE and context == CONTEXT and dtype == BF16,
+            min_capability=89 if cache_dtype == FP8 else 80,
+        )
+
+
+def packed_qkv(shape: ModelShape, n_tokens: int, dtype: torch.dtype) -> Tensor:
+    return meta(n_tokens, shape.heads + 2 * shape.kv_heads, shape.head_dim, dtype=dtype)
+
+
+def table(dtype: torch.dtype) -> Tensor:
+    return meta(CONTEXT, 64, dtype=dtype)
+
+
+def cache(shape: ModelShape, n_pages: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Pages of K or of V, and their scales where they are quantised."""
+    sizes = (n_pages, shape.kv_heads, PAGE_SIZE)
+    scale = meta(*sizes, dtype=torch.float32) if dtype in (INT8, FP8) else None
+    return meta(*sizes, shape.head_dim, dtype=dtype), scale
+
+
+def measure(everything: bool, jobs: int) -> dict[str, Any]:
+    """Captures every launch, compiles the distinct ones; what test_ahead_of_time.py checks."""
+    first_with: dict[tuple[str, str, int], Launch] = {}
+    chosen = set()
+    rows: list[dict[str, Any]] = []
+    for case in cases():
+        for capability in SHARED_LIMIT:
+            if capability < case.min_capability:
+                continue
+            row = {"op": case.op, "case": case.label, "arch": f"sm_{capability}"}
+            try:
+                captured = capture(case.launch, capability)
+            except Exception as error:
+                rows.append({**row, "kernel": "", "error": f"{type(error).__name__}: {error}"})
+                continue
+            for launch in captured:
+                first = first_with.setdefault(launch.identity, launch) is launch
+                if everything or capability == 90 or case.everywhere:
+                    chosen.add(launch.identity)
+                rows.append({**row, "kernel": launch.kernel_name, "first": first, "launch": launch})
+
+    DISTINCT.extend(first_with[identity] for identity in chosen)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        results = dict(zip(chosen, pool.map(compile_distinct, range(len(DISTINCT))), strict=True))
+    for row in rows:
+        launch = row.pop("launch", None)
+        if launch and launch.identity in results:
+            row |= results[launch.identity]
+            ttir = row.pop("ttir", "")
+            overflows = overflowing_products(ttir, launch.grid, launch.integers)
+            row["overflows"] = sorted(set(overflows))
+    launched = {launch.kernel for launch in first_with.values()}
+    return {
+        "triton": triton.__version__,
+        "never_launched": sorted(kernel.fn.__qualname__ for kernel in kernels() - launched),
+        "rows": [row for row in rows if "figures" in row or "error" in row],
+    }
+
+
+DISTINCT: list[Any] = []  # launches; forked workers inherit them, since kernels do not pickle
+
+
+def compile_distinct(index: int) -> dict[str, Any]:
+    try:
+        compiled = compile_launch(DISTINCT[index])
+        return {"figures": dataclasses.asdict(figures(compiled)), "ttir": compiled.asm["ttir"]}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def kernels() -> set[Any]:
+    """Every Triton kernel of the package (`_<op>_kernel`; device functions have other names)."""
+    modules = [
+        importlib.import_module(f"glm4_kernels.{module.name}")
+        for module in pkgutil.iter_modules(glm4_kernels.__path__)
+        if not module.name.startswith("_")
+    ]
+    return {
+        value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+    }
+
+
+def figures_path(version: str) -> Path:
+    """Figures are kept per minor version: another Triton compiles differently."""
+    return FIGURES / f"triton-{'.'.join(version.split('.')[:2])}.json"
+
+
+def figures_table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{"sm_90": {"op | kernel | case": figures}}: one row per distinct binary, named after the
+    first case that launches it."""
+    table: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.get("first") and "figures" in row:
+            key = f"{row['op']} | {row['kernel']} | {row['case']}"
+            table.setdefault(row["arch"], {})[key] = row["figures"]
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile GLM-4's launches without a GPU.")
+    parser.add_argument("--write", action="store_true", help="commit all figures to the table")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+    measured = measure(everything=arguments.write, jobs=arguments.jobs)
+    if not arguments.write:
+        json.dump(measured, sys.stdout)
+        return
+    path = figures_path(measured["triton"])
+    lines = []
+    for arch, table in figures_table(measured["rows"]).items():
+        body = ",\n".join(f"    {json.dumps(key)}: {json.dumps(f)}" for key, f in table.items())
+        lines.append(f"  {json.dumps(arch)}: {{\n{body}\n  }}")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    errors = [row for row in measured["rows"] if "error" in row]
+    for row in errors:
+        print(f"{row['arch']} {row['op']}, {row['case']}: {row['error']}", file=sys.stderr)
+    print(f"{path}: {len(DISTINCT)} binaries, {len(errors)} launches failed")
+    sys.exit(bool(errors))
+
+
+if __name__ == "__main__":
+    main()
