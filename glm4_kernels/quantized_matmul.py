@@ -22,9 +22,12 @@ that over the memory bandwidth for few rows, and 2 * M * N * K over the matmul p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from glm4_kernels.extension import DTYPE_CODES, aligned, buffer, cuda_extension, extension
 from glm4_kernels.library import FLOAT_DTYPES, bad_type, bad_value, register_op
 from glm4_kernels.quantize import BITS, BLOCK, GROUP_SIZES, QuantizedWeight, dequantize
 
@@ -68,6 +71,37 @@ def quantized_matmul_reference(
     if bias is not None:
         y = y + bias.to(compute)
     return y.to(x.dtype).reshape(*x.shape[:-1], packed.shape[0])
+
+
+def launch_quantized_matmul(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int | None,
+    int8_activations: bool,
+) -> Tensor:
+    """The C++ kernel on CPU tensors, the CUDA kernel on CUDA tensors."""
+    k = x.shape[-1]
+    n = packed.shape[0]
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x, packed = aligned(x), aligned(packed)
+    bias = None if bias is None else bias.contiguous()
+    problem: tuple[Any, ...] = (
+        *(buffer(t) for t in (y, x, packed, scale, zero_point, bias)),
+        *(DTYPE_CODES[t.dtype] for t in (x, scale)),
+        *(y.numel() // n, n, k, bits, group_size or k),
+    )
+    if x.device.type == "cpu":
+        extension().quantized_matmul_cpu(*problem, int8_activations, torch.get_num_threads())
+    else:
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        cuda_extension().quantized_matmul_cuda(*problem, x.device.index, stream)
+    return y
 
 
 def check_quantized_matmul(
@@ -131,7 +165,9 @@ _quantized_matmul = register_op(
     "int bits, int? group_size, bool int8_activations) -> Tensor",
     check=check_quantized_matmul,
     reference=quantized_matmul_reference,
-    launch=None,
+    launch=launch_quantized_matmul,
+    launch_needs_triton=False,
+    cpu=launch_quantized_matmul,
     fake=lambda x, packed, *_: x.new_empty((*x.shape[:-1], packed.shape[0])),
 )
 

@@ -1,0 +1,52 @@
+// The Python module glm4_kernels._C: conversions only. Tensors cross as (address, bytes); the
+// checks that give good messages are in Python, those that memory safety needs beside each op.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/features.h"
+#include "quantized_matmul.h"
+
+namespace py = pybind11;
+using glm4::Buffer;
+
+static py::dict build_info() {
+    py::dict info;
+    info["compiler"] = GLM4_COMPILER;
+    info["sanitize"] = bool(GLM4_SANITIZE);
+#ifdef GLM4_CUDA_VERSION
+    info["cuda"] = GLM4_CUDA_VERSION;
+#else
+    info["cuda"] = py::none();
+#endif
+    info["cuda_architectures"] = GLM4_CUDA_ARCHITECTURES;
+    info["cpu_features"] = glm4::cpu_features();
+    return info;
+}
+
+PYBIND11_MODULE(_C, module) {
+    module.def("build_info", build_info);
+
+    module.def("quantized_matmul_cpu",
+               [](Buffer y, Buffer x, Buffer packed, Buffer scale, Buffer zero_point, Buffer bias,
+                  int dtype, int scale_dtype, int64_t m, int64_t n, int64_t k, int bits,
+                  int64_t group_size, bool int8_activations, int n_threads) {
+                   py::gil_scoped_release release;
+                   glm4::quantized_matmul_cpu(
+                       glm4::checked_quantized_matmul(y, x, packed, scale, zero_point, bias, dtype,
+                                                      scale_dtype, m, n, k, bits, group_size),
+                       int8_activations, n_threads);
+               });
+
+#ifdef GLM4_CUDA_VERSION
+    module.def("quantized_matmul_cuda",
+               [](Buffer y, Buffer x, Buffer packed, Buffer scale, Buffer zero_point, Buffer bias,
+                  int dtype, int scale_dtype, int64_t m, int64_t n, int64_t k, int bits,
+                  int64_t group_size, int device, std::uintptr_t stream) {
+                   py::gil_scoped_release release;
+                   glm4::quantized_matmul_cuda(
+                       glm4::checked_quantized_matmul(y, x, packed, scale, zero_point, bias, dtype,
+                                                      scale_dtype, m, n, k, bits, group_size),
+                       device, stream);
+               });
+#endif
+}

@@ -1,0 +1,64 @@
+"""The compiled extension `glm4_kernels._C`: C++ and CUDA kernels that know nothing of torch.
+
+Tensors cross as (address, bytes). Importing this package works without it; the ops that need it
+then say how to build it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_C: ModuleType | None
+try:
+    from glm4_kernels import _C  # type: ignore[attr-defined, no-redef]
+
+    _missing = ""
+except ImportError as error:
+    _C = None
+    _missing = str(error)
+
+# enum class DType in csrc/float_formats.h
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# (address, bytes) of a tensor that is not there
+ABSENT = (0, 0)
+
+
+def extension() -> ModuleType:
+    """The compiled module; RuntimeError if it was not built or does not load."""
+    if _C is None:
+        raise RuntimeError(f"glm4_kernels was not built: run pip install -e . ({_missing})")
+    return _C
+
+
+def cuda_extension() -> ModuleType:
+    """The compiled module, with its CUDA kernels; RuntimeError if it has none."""
+    module = extension()
+    if module.build_info()["cuda"] is None:
+        raise RuntimeError("glm4_kernels was built without CUDA: install nvcc, then pip install .")
+    return module
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built with, and what this processor can run.
+
+    `compiler`, `cuda` (None without), `cuda_architectures` (CMake's form), `sanitize`,
+    `cpu_features`; or only `error`, if there is no extension.
+    """
+    return {"error": _missing} if _C is None else _C.build_info()
+
+
+def buffer(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and bytes of a contiguous tensor's memory."""
+    if tensor is None:
+        return ABSENT
+    return tensor.data_ptr(), tensor.numel() * tensor.element_size()
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and on a 16-byte boundary, which vector loads need; a copy only where it must."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
