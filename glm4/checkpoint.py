@@ -39,7 +39,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not what it should be; the message names the file."""
+    """A checkpoint that is not what it should be; the message, one line, names the file."""
+
+    def __init__(self, message: str) -> None:
+        # It may quote names out of a damaged file.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 @torch.no_grad()
@@ -76,14 +80,14 @@ def load(
 
     folder = find_folder(path_or_repo)
     config = read_config(folder, rope_theta)
-    listing, stored = find_tensors(folder)
-    if any(name.endswith("layers.0.post_self_attn_layernorm.weight") for name in stored):
-        config = replace(config, sandwich=True)  # configs of the remote code do not say it
-    sources = match_tensors(config, stored, listing)
-
     config_json = read_json(folder / "config.json")
     if rope_theta is None and config_json["model_type"] == "glm":
         warn_of_theta(config, folder)
+    listing, stored = find_tensors(folder)
+    if "transformer.encoder.layers.0.post_self_attn_layernorm.weight" in stored:
+        config = replace(config, sandwich=True)  # configs of the remote code do not say it
+    sources = match_tensors(config, stored, listing)
+
     if dtype == "auto":
         declared = str(config_json.get("dtype", config_json.get("torch_dtype")))
         dtype = DTYPES.get(declared, STORED_DTYPES[sources["embedding"][0].dtype])
@@ -244,12 +248,12 @@ def read_config(folder: Path, rope_theta: float | None = None) -> Config:
             tied=config_json.get("tie_word_embeddings", False),
             eos_token_ids=read_stop_ids(folder, config_json, values["vocab"]),
         )
+        if yarn is not None:
+            extended = int(yarn["factor"] * yarn["original_max_position_embeddings"])
+            config = replace(config, max_positions=max(config.max_positions, extended))
     except ValueError as error:
         field, _, rest = str(error).partition(" ")
         raise CheckpointError(f"{path}: {theirs.get(field, field)} {rest}") from None
-    if yarn is not None:
-        extended = int(yarn["factor"] * yarn["original_max_position_embeddings"])
-        config = replace(config, max_positions=max(config.max_positions, extended))
     return config
 
 

@@ -170,5 +170,28 @@ def split_into_shards(folder: Path, n_shards: int = 3) -> dict[str, str]:
     return weight_map
 
 
+def write_tokenizer(folder: Path, adds_prefix: bool = True) -> Path:
+    """A byte-level BPE tokenizer.json of fewer than `SIZES` ids, with GLM-4's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>"],
+    )
+    tokenizer.train_from_iterator(["the beginning of the world, the word and the light"], trainer)
+    if adds_prefix:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[gMASK] <sop> $A", special_tokens=[("[gMASK]", 1), ("<sop>", 2)]
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
