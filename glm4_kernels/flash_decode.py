@@ -1,24 +1,50 @@
-"""Decode attention over a paged KV cache, with grouped query heads.
+"""Decode attention over a paged KV cache, with grouped query heads (Flash-Decoding, split KV).
 
-    s = scale * q k^T        p = softmax(s)        out = p v        lse = log sum exp(s)
+    s = scale * q k^T        p = exp(s - lse)        out = p v        lse = log sum exp(s)
 
-Each of Q query rows of a sequence sees the keys up to its own position: row i of Q sees
-`seq_len - Q + i + 1` keys. A row that sees none gives zeros and lse = -inf.
+The Q newest tokens of a sequence are its query rows: row i sees `seq_len - Q + i + 1` keys. A row
+that sees none gives out = 0 and lse = -inf. Keys live in pages; key t of sequence b is at page
+`block_table[b, t // page_size]`, offset `t % page_size`. A quantised cache has a scale per token
+and head: k = k_scale * k_cache, folded into s; v = v_scale * v_cache, folded into p.
+
+Two stages: the group's query heads (times Q) form one tile, so that a KV head is read once; each
+of `n_splits` programs takes an equal run of its sequence's tiles (partial), and their results are
+merged by lse in a fixed order (combine). One split writes the result itself.
+
+Rounding points: s, p, lse and all sums in fp32 (the kernel rounds p, or p v_scale, to the dtype of
+q for the tensor cores; the reference does not); one rounding of out to the dtype of q.
+
+Bytes moved: keys * G * (2 * D * itemsize, + 8 if quantised), plus q, out and lse; the partials
+(n_splits * H * (D + 1) * 4 written and read) are bounded by the number of programs, not by keys.
 """
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
-from glm4_kernels.library import bad_type, bad_value, register_op
+from glm4_kernels.library import (
+    DEVICE_CHECKED,
+    FLOAT_DTYPES,
+    bad_type,
+    bad_value,
+    error_flags,
+    multiprocessor_count,
+    register_op,
+)
+from glm4_kernels.triton_import import tl, triton
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 32
 MAX_QUERIES = 8
 MIN_PAGE_SIZE = 16
+LOG2_E = 1.4426950408889634
+# p * v_scale times this stays among fp16's normal numbers for smaller p; times the largest |v| of
+# fp16, 65504, over 127 it stays finite.
+P_RANGE = 64.0
 
 
 def flash_decode_reference(
@@ -31,11 +57,11 @@ def flash_decode_reference(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    compute = torch.promote_types(q.dtype, torch.float32)
-    n_kv_heads, page_size = k_cache.shape[1:3]
     rows = q if q.dim() == 4 else q.unsqueeze(1)  # [B, Q, H, D]
-    n_queries, n_heads, head_dim = rows.shape[1:]
+    n_queries, n_heads = rows.shape[1:3]
+    n_kv_heads, page_size = k_cache.shape[1:3]
     group = n_heads // n_kv_heads
+    compute = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(rows.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(rows.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
 
@@ -43,26 +69,305 @@ def flash_decode_reference(
         if n_keys == 0:
             continue
         pages = block_table[b, : -(-n_keys // page_size)].long()
+        k = gather_tokens(k_cache, k_scale, pages, n_keys, compute)
+        v = gather_tokens(v_cache, v_scale, pages, n_keys, compute)
+        grouped = rows[b].unflatten(1, (n_kv_heads, group)).transpose(0, 1).flatten(1, 2)
 
-        def gather(cache: Tensor, cache_scale: Tensor | None) -> Tensor:  # [G, n_keys, D]
-            tokens = cache[pages].transpose(0, 1).flatten(1, 2)[:, :n_keys].to(compute)  # noqa: B023
-            if cache_scale is None:
-                return tokens
-            return tokens * cache_scale[pages].transpose(0, 1).flatten(1)[:, :n_keys, None]  # noqa: B023
+        s = (grouped.to(compute) @ k.mT * scale).unflatten(1, (n_queries, group))
+        keys = torch.arange(n_keys, device=q.device)
+        hidden = keys > keys.new_tensor(range(n_keys - n_queries, n_keys))[:, None]
+        s.masked_fill_(hidden[:, None], -torch.inf)  # [G, Q, group, n_keys]
 
-        grouped = rows[b].unflatten(1, (n_kv_heads, group)).transpose(0, 1)  # [G, Q, group, D]
-        scores = grouped.flatten(1, 2).to(compute) @ gather(k_cache, k_scale).transpose(1, 2)
-        scores = (scores * scale).unflatten(1, (n_queries, group))  # [G, Q, group, n_keys]
-        last_key = torch.arange(n_keys - n_queries, n_keys, device=q.device)
-        hidden = torch.arange(n_keys, device=q.device) > last_key[:, None]  # [Q, n_keys]
-        scores.masked_fill_(hidden[:, None], -torch.inf)
-
-        row_lse = scores.logsumexp(-1, keepdim=True)  # -inf where every key is hidden
-        p = torch.exp(scores - row_lse.where(row_lse > -torch.inf, 0.0))
-        values = p.flatten(1, 2) @ gather(v_cache, v_scale)
-        out[b] = values.unflatten(1, (n_queries, group)).transpose(0, 1).flatten(1, 2)
-        lse[b] = row_lse[..., 0].transpose(0, 1).flatten(1, 2)
+        row_lse = s.logsumexp(-1, keepdim=True)
+        p = torch.exp(s - row_lse.clamp(min=torch.finfo(compute).min))
+        row_out = (p.flatten(1, 2) @ v).unflatten(1, (n_queries, group))
+        out[b] = row_out.transpose(0, 1).flatten(1, 2)
+        lse[b] = row_lse.squeeze(-1).transpose(0, 1).flatten(1, 2)
     return out.view(q.shape), lse.view(q.shape[:-1])
+
+
+def gather_tokens(
+    cache: Tensor, cache_scale: Tensor | None, pages: Tensor, n_keys: int, dtype: torch.dtype
+) -> Tensor:
+    """The first `n_keys` tokens of a sequence, dequantised: [G, n_keys, D]."""
+    by_head = cache[pages].transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
+    tokens = by_head.flatten(1, 2)[:, :n_keys]
+    if cache_scale is None:
+        return tokens
+    return tokens * cache_scale[pages].transpose(0, 1).flatten(1)[:, :n_keys, None]
+
+
+@triton.jit
+def _flash_decode_partial_kernel(
+    out_ptr,
+    lse_ptr,
+    error_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    stride_q_batch,
+    stride_q_query,
+    stride_q_head,
+    stride_k_page,
+    stride_k_head,
+    stride_k_token,
+    stride_v_page,
+    stride_v_head,
+    stride_v_token,
+    stride_k_scale_page,
+    stride_k_scale_head,
+    stride_v_scale_page,
+    stride_v_scale_head,
+    stride_table_batch,
+    n_queries,
+    n_kv_heads,
+    n_pages,
+    max_pages,
+    scale_log2,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    P_RANGE: tl.constexpr,
+    ERROR_INDEX: tl.constexpr,
+):
+    """out = softmax(scale q k^T) v and its lse, over one split of one sequence and KV head.
+
+    Online softmax over tiles of BLOCK_N keys, base 2:
+        s = scale_log2 q k^T    m' = max(m, max s)    p = exp2(s - m')
+        total = exp2(m - m') total + sum p    acc = exp2(m - m') acc + p v    out = acc / total
+    """
+    batch = (tl.program_id(0) // n_kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) % n_kv_heads).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    n_splits = tl.num_programs(1)
+
+    seq_len = tl.load(seq_lens_ptr + batch)
+    bad = (seq_len < 0) | (seq_len > max_pages * PAGE_SIZE)
+    seq_len = tl.where(bad, 0, seq_len)
+
+    # Tiles are shared out evenly; the first `rest` splits take one more.
+    n_tiles = tl.cdiv(seq_len, BLOCK_N)
+    share, rest = n_tiles // n_splits, n_tiles % n_splits
+    first_tile = split * share + tl.minimum(split, rest)
+    end_tile = first_tile + share + (split < rest).to(tl.int64)
+    first_key = (first_tile * BLOCK_N).to(tl.int32)
+    end_key = (end_tile * BLOCK_N).to(tl.int32)
+
+    # Rows are the group's heads of query 0, then those of query 1, ...
+    rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = (rows // GROUP).to(tl.int64)
+    head = kv_head * GROUP + rows % GROUP
+    row_mask = query < n_queries
+    n_visible = seq_len - n_queries + 1 + rows // GROUP
+    dims = tl.arange(0, HEAD_DIM)
+    q_rows = batch * stride_q_batch + query * stride_q_query + head * stride_q_head
+    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=row_mask[:, None], other=0.0)
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    for start in range(first_key, end_key, BLOCK_N):
+        page = tl.load(block_table_ptr + batch * stride_table_batch + start // PAGE_SIZE)
+        page = page.to(tl.int64)
+        page_bad = (page < 0) | (page >= n_pages)
+        bad |= page_bad
+        n_keys = tl.where(page_bad, 0, seq_len)
+        keys = start + tl.arange(0, BLOCK_N)
+        key_mask = keys < n_keys
+        token = keys % PAGE_SIZE
+
+        k_tile = k_ptr + page * stride_k_page + kv_head * stride_k_head
+        k_ptrs = k_tile + token[:, None] * stride_k_token + dims[None, :]
+        k = tl.load(k_ptrs, mask=key_mask[:, None], other=0.0).to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if k_scale_ptr is not None:
+            k_scale = k_scale_ptr + page * stride_k_scale_page + kv_head * stride_k_scale_head
+            s *= tl.load(k_scale + token, mask=key_mask, other=0.0)[None, :]
+        visible = keys[None, :] < tl.minimum(n_visible, n_keys)[:, None]
+        s = tl.where(visible, s, float("-inf"))
+
+        m_new = tl.maximum(m, tl.max(s, axis=1))
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - m_finite[:, None])
+        decay = tl.exp2(m - m_finite)
+        total = total * decay + tl.sum(p, axis=1)
+        m = m_new
+
+        if v_scale_ptr is not None:
+            v_scale = v_scale_ptr + page * stride_v_scale_page + kv_head * stride_v_scale_head
+            p *= tl.load(v_scale + token, mask=key_mask, other=0.0)[None, :] * P_RANGE
+        v_tile = v_ptr + page * stride_v_page + kv_head * stride_v_head
+        v_ptrs = v_tile + token[:, None] * stride_v_token + dims[None, :]
+        v = tl.load(v_ptrs, mask=key_mask[:, None], other=0.0).to(q.dtype)
+        pv = tl.dot(p.to(q.dtype), v, input_precision="ieee")
+        acc = acc * decay[:, None] + pv
+
+    total = tl.where(total == 0.0, 1.0, total)  # no key seen: acc = 0 and m = -inf
+    out = acc / total[:, None]
+    if v_scale_ptr is not None:
+        out *= 1.0 / P_RANGE
+    lse = (m + tl.log2(total)) * 0.6931471805599453
+
+    n_heads = n_kv_heads * GROUP
+    out_rows = ((batch * n_queries + query) * n_heads + head) * n_splits + split
+    tl.store(lse_ptr + out_rows, lse, mask=row_mask)
+    # A combine skips what has lse = -inf, so an empty split need not write its zeros.
+    n_written = tl.where((first_key < end_key) | (n_splits == 1), n_queries, 0)
+    out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(query < n_written)[:, None])
+    if bad:
+        tl.store(error_ptr + ERROR_INDEX, 1)
+
+
+@triton.jit
+def _flash_decode_combine_kernel(
+    out_ptr,
+    lse_ptr,
+    split_out_ptr,
+    split_lse_ptr,
+    n_splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out = sum_s w_s out_s / sum_s w_s with w_s = exp(lse_s - max lse); one row, BLOCK_D dims."""
+    row = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, BLOCK_S)
+    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split_rows = row * n_splits + splits
+
+    split_lse = tl.load(split_lse_ptr + split_rows, splits < n_splits, other=float("-inf"))
+    m = tl.max(split_lse, axis=0)
+    weight = tl.exp(split_lse - tl.where(m == float("-inf"), 0.0, m))
+    total = tl.sum(weight, axis=0)
+    total = tl.where(total == 0.0, 1.0, total)
+
+    seen = split_lse[:, None] > float("-inf")
+    split_ptrs = split_out_ptr + split_rows[:, None] * HEAD_DIM + dims[None, :]
+    split_out = tl.load(split_ptrs, mask=seen, other=0.0)
+    out = tl.sum(weight[:, None] * split_out, axis=0) / total
+
+    tl.store(out_ptr + row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty))
+    tl.store(lse_ptr + row, m + tl.log(total), mask=tl.program_id(1) == 0)
+
+
+def launch_plan(n_rows: int, q_bytes: int, kv_bytes: int) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, num_warps, num_stages, programs per multiprocessor).
+
+    Derived and compiled, not measured yet. To stream at full speed an H200 needs about
+    4.3 TB/s * 1 us / 132 = 33 KB in flight per multiprocessor; a program has `num_stages - 1` tiles
+    of K and V in flight, 64 KB in bf16 at up to 32 rows and D = 128, and two programs share a
+    multiprocessor. Its shared memory is then those two tiles and the q and p tiles: 70 KB at 16
+    rows, 76 KB at 32, which also fits the 99 KB of sm_86, 89 and 120. From 64 rows on, registers
+    allow one program.
+
+    Args:
+        n_rows: query rows that share a KV head, Q * group; more than 128 take several tiles.
+        q_bytes, kv_bytes: bytes of one element of q and of the caches.
+    """
+    if q_bytes == 4:  # no tensor cores: the products live in registers
+        return 16, 32, 8, 2, 2
+    stages = 4 if kv_bytes == 1 else 3
+    if n_rows <= 16:
+        return 16, 64, 4, stages, 2
+    if n_rows <= 32:
+        return 32, 64, 4, stages, 2
+    if n_rows <= 64:
+        return 64, 64, 8, 3, 1
+    return 128, 32, 8, 4, 1
+
+
+def launch_flash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    n_splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`n_splits` overrides the number of splits, for tests and sweeps."""
+    rows = q if q.dim() == 4 else q.unsqueeze(1)  # [B, Q, H, D]
+    batch, n_queries, n_heads, head_dim = rows.shape
+    n_pages, n_kv_heads, page_size = k_cache.shape[:3]
+    max_pages = block_table.shape[1]
+    group = n_heads // n_kv_heads
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    rows = rows if rows.stride(3) == 1 else rows.contiguous()
+    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+
+    block_m, block_n, num_warps, num_stages, per_sm = launch_plan(
+        n_queries * group, q.element_size(), k_cache.element_size()
+    )
+    block_n = min(block_n, page_size)  # a tile lies within one page
+    row_tiles = triton.cdiv(n_queries * group, block_m)
+    if n_splits is None:
+        programs = multiprocessor_count(q.device) * per_sm
+        tiles = max_pages * page_size // block_n
+        n_splits = max(1, min(programs // (batch * n_kv_heads * row_tiles), tiles))
+    split_out, split_lse = out, lse
+    if n_splits > 1:
+        split_shape = (batch, n_queries, n_heads, n_splits)
+        split_out = torch.empty((*split_shape, head_dim), dtype=torch.float32, device=q.device)
+        split_lse = torch.empty(split_shape, dtype=torch.float32, device=q.device)
+
+    _flash_decode_partial_kernel[(batch * n_kv_heads, n_splits, row_tiles)](
+        split_out,
+        split_lse,
+        error_flags(q.device),
+        rows,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens.contiguous(),
+        k_scale,
+        v_scale,
+        *rows.stride()[:3],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        *((0, 0) if k_scale is None else k_scale.stride()[:2]),
+        *((0, 0) if v_scale is None else v_scale.stride()[:2]),
+        block_table.stride(0),
+        n_queries,
+        n_kv_heads,
+        n_pages,
+        max_pages,
+        scale * LOG2_E,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        P_RANGE=P_RANGE,
+        ERROR_INDEX=DEVICE_CHECKED.index("flash_decode"),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    if n_splits > 1:
+        block_s = triton.next_power_of_2(n_splits)
+        block_d = max(min(8192 // block_s, head_dim), 16)  # fp32 values of a tile: 64 a thread
+        _flash_decode_combine_kernel[(batch * n_queries * n_heads, head_dim // block_d)](
+            out,
+            lse,
+            split_out,
+            split_lse,
+            n_splits,
+            HEAD_DIM=head_dim,
+            BLOCK_S=block_s,
+            BLOCK_D=block_d,
+        )
+    return out, lse
 
 
 def check_flash_decode(
@@ -88,7 +393,7 @@ def check_flash_decode(
 
     if k_cache.dim() != 4 or k_cache.shape[3] != head_dim:
         raise bad_value(op, "k_cache", f"[n_pages, G, page_size, {head_dim}]", list(k_cache.shape))
-    n_pages, n_kv_heads, page_size = k_cache.shape[:3]
+    n_kv_heads, page_size = k_cache.shape[1:3]
     if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1) != 0:
         expected = f"pages of a power of two of at least {MIN_PAGE_SIZE} tokens"
         raise bad_value(op, "k_cache", expected, list(k_cache.shape))
@@ -118,6 +423,11 @@ def check_flash_decode(
         if index.dtype != torch.int32:
             raise bad_type(op, name, torch.int32, index.dtype)
 
+    if k_cache.dtype == torch.float8_e4m3fn and q.is_cuda and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < (8, 9):
+            expected = "int8 or the dtype of q on a GPU older than sm_89"
+            raise bad_type(op, "k_cache", expected, k_cache.dtype)
     quantized = k_cache.dtype in QUANTIZED_DTYPES
     for name, cache_scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if cache_scale is None:
@@ -131,9 +441,14 @@ def check_flash_decode(
         if cache_scale.dtype != torch.float32:
             raise bad_type(op, name, torch.float32, cache_scale.dtype)
 
-    tensors = {"k_cache": k_cache, "v_cache": v_cache, "block_table": block_table}
-    tensors |= {"seq_lens": seq_lens, "k_scale": k_scale, "v_scale": v_scale}
-    for name, tensor in tensors.items():
+    for name, tensor in (
+        ("k_cache", k_cache),
+        ("v_cache", v_cache),
+        ("block_table", block_table),
+        ("seq_lens", seq_lens),
+        ("k_scale", k_scale),
+        ("v_scale", v_scale),
+    ):
         if tensor is not None and tensor.device != q.device:
             raise bad_value(op, name, f"on {q.device}", tensor.device)
 
@@ -170,11 +485,36 @@ _flash_decode = register_op(
     check=check_flash_decode,
     check_values=check_flash_decode_values,
     reference=flash_decode_reference,
-    launch=None,
+    launch=launch_flash_decode,
     fake=fake_flash_decode,
 )
 
 
+@overload
+def flash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def flash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def flash_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -186,6 +526,28 @@ def flash_decode(
     v_scale: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of the newest tokens over a paged KV cache (Flash-Decoding, Dao et al., 2023)."""
+    """Attention of a batch's newest tokens over its paged KV cache (Flash-Decoding, Dao 2023).
+
+    Args:
+        q: [B, H, D], or [B, Q, H, D] with Q <= 8 newest tokens, causal; any strides; float32,
+            bfloat16 or float16; D 64 or 128.
+        k_cache, v_cache: [n_pages, G, page_size, D], H = 1..32 times G, page_size a power of two
+            of at least 16; dtype of q, int8 or float8_e4m3fn (CUDA: from sm_89); any strides,
+            D contiguous.
+        block_table: [B, max_pages] int32, page ids; entries past a length are never read.
+        seq_lens: [B] int32, the tokens in the cache, those of q included; 0 is allowed.
+        scale: multiplies q k^T; 1 / sqrt(D) as a rule.
+        k_scale, v_scale: [n_pages, G, page_size] float32, given exactly with a quantised cache;
+            tokens contiguous.
+        return_lse: return also the natural log of each row's sum of exponentials.
+
+    Returns:
+        out, shape and dtype of q; or (out, lse), lse float32 [B, H] or [B, Q, H].
+        Deterministic run to run on one device.
+
+    Raises:
+        ValueError, TypeError: the message names the argument. Page ids and lengths out of range
+        raise on CPU; on CUDA their keys are left out and `raise_device_errors` reports them.
+    """
     out, lse = _flash_decode(q, k_cache, v_cache, block_table, seq_lens, scale, k_scale, v_scale)
     return (out, lse) if return_lse else out
