@@ -57,12 +57,7 @@ def run_here(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"), 0)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: must be cpu, no CUDA device was found")
-    origin = provenance(device, args.quick)
-    console.print(f"{origin['device']}, torch {origin['versions']['torch']}")
-    for peer in PEERS:
-        if origin["versions"][peer] is None:
-            console.print(f"skipped: {peer}: not installed", style="dim")
-
+    origin = announced(provenance(device, args.quick))
     with console.status("measuring the ceilings"):
         ceilings = measure_ceilings(device, args.quick)
     result: dict[str, Any] = {"provenance": origin, "ceilings": asdict(ceilings)}
@@ -92,11 +87,22 @@ def run_here(args: argparse.Namespace) -> int:
     return 1 if any(op["contenders"][0]["status"] != "ok" for op in result["ops"]) else 0
 
 
+def announced(origin: dict[str, Any]) -> dict[str, Any]:
+    """Says where this runs, and which peers it cannot compare with."""
+    versions = origin["versions"]
+    console.print(f"{origin['device']}, torch {versions['torch']}")
+    missing = [peer for peer in PEERS if versions[peer] is None]
+    if missing:
+        console.print(f"skipped: not installed: {', '.join(missing)}", style="dim")
+    return origin
+
+
 def run_gpu(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("gpu: must run on a machine with a CUDA device, found none")
     stages = {name: gpu.STAGES[name] for name in args.stage or gpu.STAGES}
-    failed = gpu.run_stages(stages, args.out, provenance(gpu.CUDA), args.force, console.print)
+    origin = announced(provenance(gpu.CUDA))
+    failed = gpu.run_stages(stages, args.out, origin, args.force, console.print)
     if failed:
         print(f"benchmarks: gpu: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

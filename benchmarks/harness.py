@@ -225,17 +225,29 @@ def capture_all(
     calls = len(sets) * math.ceil(16 / len(sets))
     captured, refused = {}, {}
     for name, call in contenders.items():
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                for i in range(calls):
-                    call(*sets[i % len(sets)])
-        except Exception as error:
-            torch.cuda.synchronize()
-            refused[name] = f"no graph: {one_line(error)}"
+
+        def all_calls(call: Callable[..., Any] = call) -> None:
+            for i in range(calls):
+                call(*sets[i % len(sets)])
+
+        graph = capture(all_calls)
+        if isinstance(graph, str):
+            refused[name] = graph
         else:
             captured[name] = Turn(graph.replay, [()], device, effort, calls)
     return captured, refused
+
+
+def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | str:
+    """A CUDA graph of one call that has run before, or why there cannot be one."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except Exception as error:
+        torch.cuda.synchronize()
+        return f"no graph: {one_line(error)}"
+    return graph
 
 
 def memory_bound(case: Case, ceilings: Ceilings, device: torch.device) -> bool:
