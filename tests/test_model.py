@@ -1,0 +1,256 @@
+"""The model's own parts: sizes, prefill attention, and passes that must agree with each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from numerics import assert_within_rule
+
+import glm4
+import glm4.attention
+import glm4.model
+from benchmarks.shapes import SHAPES
+from glm4 import PRESETS, Config, Model
+from glm4.attention import Chunk, gather, partial_attention, prefill_attention
+from glm4.cache import PAGE_SIZE, Step
+from glm4.checkpoint import preparer
+
+SMALL = Config(
+    layers=2,
+    hidden=64,
+    ffn=96,
+    heads=6,
+    kv_heads=2,
+    vocab=320,
+    eps=1e-5,
+    theta=1e4,
+    max_positions=512,
+    qkv_bias=True,
+    sandwich=True,
+    head_dim=64,
+    rotary_dim=32,
+    eos_token_ids=(),
+)
+
+
+@pytest.fixture(scope="module")
+def model(device):
+    model = Model.random(SMALL, device, torch.float32)
+    for name in ("qkv", "o"):
+        for block in model.blocks:  # attention that matters: scores of some size
+            getattr(block.attention, name).mul_(15)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("glm-4-9b-chat", 9_399_951_360),
+        ("glm-4-9b-chat-1m", 9_483_857_920),
+        ("glm-4-9b-0414", 9_400_279_040),
+        ("glm-4-32b-0414", 32_566_081_536),  # published: 32.566 B
+        ("glm-z1-rumination-32b-0414", 33_141_749_760),  # published: 33.142 B
+    ],
+)
+def test_presets_have_the_published_size(name, parameters):
+    assert PRESETS[name].parameters == parameters
+
+
+def test_presets_are_the_benchmarks_shapes():
+    for name, shape in SHAPES.items():
+        config = PRESETS[name]
+        for field in dataclasses.fields(shape):
+            assert getattr(config, field.name) == getattr(shape, field.name), (name, field.name)
+
+
+def test_a_tied_head_counts_once():
+    tied = dataclasses.replace(SMALL, tied=True)
+    assert SMALL.parameters - tied.parameters == SMALL.vocab * SMALL.hidden
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_fp16_is_refused_for_every_preset(preset):
+    with pytest.raises(ValueError, match=r"bfloat16 or float32, got float16: .* overflow"):
+        Model.random(PRESETS[preset], "meta", torch.float16)
+
+
+def formula(q, k, v, scale, causal):
+    """fp64: q [1, H, Q, D], k and v [1, G, N, D] -> out [Q, H, D], lse [Q, H]."""
+    q, k, v = (x.double().cpu() for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT * scale
+    if causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+    return (scores.softmax(-1) @ v)[0].transpose(0, 1), scores.logsumexp(-1)[0].T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "n_heads, n_kv_heads, n_queries, n_keys, head_dim",
+    [
+        (16, 1, 70, 70, 128),  # group 16, causal
+        (48, 2, 33, 33, 64),  # group 24, causal
+        (6, 2, 5, 130, 64),  # group 3, over a prefix
+        (2, 2, 1, 1, 128),  # the smallest
+    ],
+)
+def test_partial_attention(n_heads, n_kv_heads, n_queries, n_keys, head_dim, dtype, device):
+    q = torch.randn(1, n_heads, n_queries, head_dim, device=device, dtype=dtype)
+    k, v = torch.randn(2, 1, n_kv_heads, n_keys, head_dim, device=device, dtype=dtype)
+    scale, causal = head_dim**-0.5, n_queries == n_keys
+    out, lse = partial_attention(q, k, v, scale, causal)
+    assert out.dtype == lse.dtype == torch.float32
+    expected_out, expected_lse = formula(q, k, v, scale, causal)
+    # The library rounds p and out to the dtype; scores and their sum stay in fp32.
+    eps = torch.finfo(dtype).eps
+    assert (out.cpu() - expected_out).abs().max() <= 4 * eps * v.abs().max().cpu()
+    torch.testing.assert_close(lse.double().cpu(), expected_lse, rtol=1e-5, atol=1e-4)
+
+
+class Pass:
+    """Feeds sequences through a model by hand, over pages in shuffled order."""
+
+    def __init__(self, model, n_sequences, max_pages=4):
+        n_pages = n_sequences * max_pages + 3
+        self.model, self.cache = model, model.new_cache(n_pages)
+        order = torch.randperm(n_pages)[: n_sequences * max_pages]
+        self.table = order.view(n_sequences, max_pages).int().to(model.device)
+        self.lengths = [0] * n_sequences
+
+    def __call__(self, sequences, decode=False):
+        """Logits of the next tokens of each sequence, one tensor [n, vocab] a sequence."""
+        device, positions, slots = self.model.device, [], []
+        for i, tokens in enumerate(sequences):
+            own = torch.arange(self.lengths[i], self.lengths[i] + len(tokens), device=device)
+            slots.append(self.table[i, own // PAGE_SIZE].long() * PAGE_SIZE + own % PAGE_SIZE)
+            positions.append(own)
+            self.lengths[i] += len(tokens)
+        step = Step(
+            tokens=torch.cat(sequences).to(device),
+            positions=torch.cat(positions),
+            slots=torch.cat(slots),
+            block_table=self.table,
+            seq_lens=torch.tensor(self.lengths, dtype=torch.int32, device=device),
+            query_lens=None if decode else tuple(len(tokens) for tokens in sequences),
+        )
+        rows = self.model.head(self.model.forward(step, self.cache))
+        return rows.split([len(tokens) for tokens in sequences])
+
+
+# fp32 sums in another order, over two layers.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("segment", [PAGE_SIZE, 2 * PAGE_SIZE, 8192])
+def test_chunked_prefill_is_unchunked(segment, model, monkeypatch):
+    monkeypatch.setattr(glm4.attention, "SEGMENT", segment)
+    sequences = [torch.randint(0, 320, (length,)) for length in (250, 1, 129)]
+    expected = Pass(model, 3)(sequences)
+    run, chunks = Pass(model, 3), [[], [], []]
+    # A first chunk, one over a page, one that ends on a page, one token, the rest.
+    for start, stop in ((0, 50), (50, 100), (100, 128), (128, 129), (129, 250)):
+        for i, logits in enumerate(run([tokens[start:stop] for tokens in sequences])):
+            chunks[i].append(logits)
+    for actual, whole in zip(chunks, expected, strict=True):
+        torch.testing.assert_close(torch.cat(actual), whole, **CLOSE)
+
+
+def test_decode_is_prefill(model):
+    # The first decode step of the second sequence opens its second page, the third starts empty.
+    sequences = [torch.randint(0, 320, (length,)) for length in (90, 80, 16)]
+    expected = Pass(model, 3)(sequences)
+    run = Pass(model, 3)
+    run([tokens[:-16] for tokens in sequences])
+    for t in range(-16, 0):
+        rows = run([tokens[t:][:1] for tokens in sequences], decode=True)
+        for actual, whole in zip(rows, expected, strict=True):
+            torch.testing.assert_close(actual[0], whole[t], **CLOSE)
+
+
+def test_merged_prefill_rounds_once(device):
+    """In bf16 the parts and their merge are as good as the library's attention over the whole."""
+    k_cache, v_cache = torch.randn(2, 4, 2, PAGE_SIZE, 64, device=device).bfloat16()
+    q = torch.randn(100, 6, 64, device=device).bfloat16()
+    pages = torch.arange(4, device=device)
+    chunk = Chunk(slice(0, 100), pages, 100, 200)
+    merged = prefill_attention(q, k_cache, v_cache, [chunk], 0.125)
+
+    # As the last 100 of 200 rows of a sequence without a prefix.
+    k, v = gather(k_cache, pages, 0, 200), gather(v_cache, pages, 0, 200)
+    rows = torch.cat((torch.zeros_like(q), q)).transpose(0, 1)[None]
+    whole, truth = (
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x.to(dtype) for x in (rows, k, v)), is_causal=True, scale=0.125, enable_gqa=True
+        )[0].transpose(0, 1)[100:]
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    assert_within_rule(merged, whole, truth)
+
+
+def test_logits_in_parts_are_the_whole(model, monkeypatch):
+    tokens = torch.randint(0, 320, (3, 140))
+    whole = model.logits(tokens)
+    assert whole.shape == (3, 140, 320) and whole.dtype == torch.float32
+    monkeypatch.setattr(glm4.model, "LOGITS_ROWS", 100)
+    torch.testing.assert_close(model.logits(tokens), whole, **CLOSE)
+    assert model.logits(tokens[:, :0]).shape == (3, 0, 320)
+
+
+def test_logits_are_causal(model):
+    tokens = torch.randint(0, 319, (1, 100))
+    changed = tokens.clone()
+    changed[0, 60] += 1
+    same = (model.logits(tokens) == model.logits(changed)).all(-1)[0]
+    assert same[:60].all() and not same[60:].any()
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        (torch.zeros(5).long(), r"int64 \[B, T\], got torch.int64 \[5\]"),
+        (torch.zeros(1, 5), r"int64 \[B, T\], got torch.float32"),
+        (torch.zeros(1, 513).long(), "at most 512 tokens a sequence, got 513"),
+        (torch.tensor([[0, 320]]), "from 0 to 319, got 0 to 320"),
+        (torch.tensor([[-1, 3]]), "from 0 to 319, got -1 to 3"),
+    ],
+)
+def test_logits_rejects(tokens, message, model):
+    with pytest.raises(ValueError, match=f"^logits: token_ids must (be|hold) {message}"):
+        model.logits(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_rope(dtype, device):
+    made = random_weights(device, dtype)
+    exact, reference = (Model(SMALL, made, device, dtype, m) for m in ("exact", "reference"))
+    assert exact.rope.dtype == torch.float32 and reference.rope.dtype == dtype
+    tokens = torch.randint(0, 320, (1, 100))
+    difference = (exact.logits(tokens) - reference.logits(tokens)).norm()
+    # Near the start both are right, to the rounding of cosines, which these weights amplify.
+    assert 0 < difference < 100 * torch.finfo(dtype).eps * reference.logits(tokens).norm()
+
+
+def random_weights(device, dtype=torch.bfloat16):
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = SMALL.shapes.items()
+    return {k: torch.randn(v, generator=generator, device=device).to(dtype) for k, v in shapes}
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_random_model(quantize, device):
+    a, b = (
+        Model.random(SMALL, device, seed=3, prepare=preparer(quantize)).logits(torch.tensor([[7]]))
+        for _ in range(2)
+    )
+    assert torch.equal(a, b) and torch.isfinite(a).all() and a.std() > 0
+    other = Model.random(SMALL, device, seed=4, prepare=preparer(quantize))
+    assert not torch.equal(other.logits(torch.tensor([[7]])), a)
+
+
+def test_weights_may_carry_gradients(device):
+    made = {name: torch.nn.Parameter(weight) for name, weight in random_weights(device).items()}
+    model = Model(SMALL, made, device, torch.bfloat16)
+    assert not model.logits(torch.tensor([[1, 2]])).requires_grad
