@@ -30,9 +30,10 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    warnings.showwarning = _show_warning
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            args.run(args)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -117,7 +118,7 @@ def generate(args: argparse.Namespace) -> None:
     from glm4.sampling import Sampling
     from glm4.tokenizer import TextStream, Tokenizer
 
-    if args.max_new_tokens < 1:
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
         args.error(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     chosen = (args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
     try:
@@ -128,9 +129,11 @@ def generate(args: argparse.Namespace) -> None:
 
     # What can be wrong with small files shows before gigabytes are read.
     folder = find_folder(args.model)
-    read_config(folder, args.rope_theta)
+    config = read_config(folder, args.rope_theta)
     tokenizer = Tokenizer(folder)
     prompt = tokenizer.encode(text)
+    left = max(config.max_positions - len(prompt), 1)
+    max_new_tokens = args.max_new_tokens or min(256, left)
     model = load(folder, args.device, args.dtype, args.quantize, rope_theta=args.rope_theta)
 
     times = [time.perf_counter()]
@@ -139,7 +142,7 @@ def generate(args: argparse.Namespace) -> None:
         tokens = stream(
             model,
             [prompt],
-            args.max_new_tokens,
+            max_new_tokens,
             *chosen,
             on_prefill=lambda done, total: show(done),
         )
@@ -190,6 +193,6 @@ def _one_line(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
         return f"out of memory: {message or 'the system has none left'}"
-    if isinstance(error, EXPECTED):
+    if isinstance(error, EXPECTED) or message.startswith("glm4_kernels was"):  # not built
         return message or type(error).__name__
     return f"{type(error).__name__}: {message} (unexpected; `glm4 --debug ...` shows where)"

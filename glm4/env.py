@@ -31,6 +31,8 @@ def environment() -> dict[str, Any]:
     """Everything that `glm4 env` reports, ready for JSON."""
     import torch
 
+    from glm4_kernels.extension import build_info
+
     found = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -39,9 +41,9 @@ def environment() -> dict[str, Any]:
         "nvidia_driver": _nvidia_driver(),
         "cpu": {**_cpu(), "threads": torch.get_num_threads()},
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
-        "extension": _extension(),
+        "extension": build_info(),
     }
-    return {**found, "missing": _missing(found)}
+    return {**found, "missing": missing_parts(found)}
 
 
 def report(found: dict[str, Any]) -> str:
@@ -58,15 +60,16 @@ def report(found: dict[str, Any]) -> str:
             f"{'GPU':14}{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, "
             f"{gpu['memory_gib']} GiB, driver {found['nvidia_driver'] or 'unknown'}"
         )
-    for name, value in built.items() if built else [("C++ extension", "not built")]:
-        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        lines.append(f"{'extension' if built else '':14}{name}: {shown}")
+    for name, value in built.items():
+        shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        lines.append(f"{'extension':14}{name.replace('_', ' ')}: {shown}")
     lines += [f"\nmissing: {m['what']}\n  cost: {m['cost']}" for m in found["missing"]]
     return "\n".join(lines if found["missing"] else [*lines, "\nnothing is missing"])
 
 
-def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
-    missing = []
+def missing_parts(found: dict[str, Any]) -> list[dict[str, str]]:
+    """[{"what": ..., "cost": ...}]: what a user of this machine may want to add."""
+    missing: list[dict[str, str]] = []
 
     def note(what: str, cost: str) -> None:
         missing.append({"what": what, "cost": cost})
@@ -81,28 +84,19 @@ def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
         note("an NVIDIA GPU", "models run on the CPU, with the references of the fused ops")
     if found["packages"]["triton"] is None:
         note("Triton", "on a GPU, PyTorch references run in place of the fused kernels: slower")
-    if not built:
+    if "error" in built:
         note(
-            "the C++ extension of glm4-kernels",
-            "int4 and int8 weights are unpacked for every product: far slower than bf16; install "
-            "a C++17 compiler and run `pip install .` again",
+            f"the C++ extension of glm4-kernels ({built['error']})",
+            "int4 and int8 weights cannot run; with a C++17 compiler, run `pip install .` again",
         )
-    elif gpus and not built.get("cuda"):
+    elif gpus and built["cuda"] is None:
         note(
-            "the CUDA half of the extension (nvcc was not found when it was built)",
-            "int4 and int8 weights run through the reference on the GPU: slower than bf16",
+            "the CUDA half of the extension (it was built without nvcc)",
+            "int4 and int8 weights run on the CPU only; with nvcc, run `pip install .` again",
         )
     if found["packages"]["transformers"] is None:
         note("transformers (optional)", "the tests that compare with it cannot run; nothing else")
     return missing
-
-
-def _extension() -> dict[str, Any] | None:
-    try:
-        from glm4_kernels.extension import build_info
-    except ImportError:
-        return None
-    return build_info()
 
 
 def _gpu(index: int) -> dict[str, Any]:

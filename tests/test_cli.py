@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+from checkpoints import split_into_shards, write_checkpoint, write_json, write_tokenizer
+from rich.console import Console
+
+import glm4
+from glm4 import checkpoint, cli
+from glm4.cli import main
+from glm4.tokenizer import Tokenizer
+
+SPEEDS = r"glm4: prefill \d+ tokens in .* s \(.* tokens/s\), decode \d+ tokens .* on .* in \w+\n"
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    return write_tokenizer(write_checkpoint(folder))
+
+
+@pytest.fixture
+def folder(checkpoint_folder, tmp_path):
+    """A copy to break."""
+    return shutil.copytree(checkpoint_folder, tmp_path / "tiny")
+
+
+def generate(folder, *flags, prompt="the word"):
+    return main(["generate", "--model", str(folder), "--prompt", prompt, *flags])
+
+
+def test_generate_writes_what_the_model_says(checkpoint_folder, capsys):
+    assert generate(checkpoint_folder, "--max-new-tokens", "12") == 0
+    out, err = capsys.readouterr()
+    tokenizer = Tokenizer(checkpoint_folder)
+    tokens = glm4.load(checkpoint_folder).generate([tokenizer.encode("the word")], 12)[0]
+    assert out == tokenizer.decode(tokens) + "\n"
+    assert re.fullmatch(SPEEDS, err) and f"decode {len(tokens) - 1} tokens" in err
+
+
+def test_prompt_from_stdin(checkpoint_folder, capsys, monkeypatch):
+    generate(checkpoint_folder, "--max-new-tokens", "4", prompt="日本 word")
+    expected = capsys.readouterr().out
+    stdin = io.TextIOWrapper(io.BytesIO("日本 word\n".encode()), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(["generate", "--model", str(checkpoint_folder), "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_sampling_flags_reach_the_sampler(checkpoint_folder, capsys):
+    def text(*flags):
+        assert generate(checkpoint_folder, "--max-new-tokens", "30", *flags) == 0
+        return capsys.readouterr().out
+
+    greedy = text()
+    hot = ("--temperature", "5")
+    assert text(*hot, "--seed", "1") == text(*hot, "--seed", "1") != text(*hot, "--seed", "2")
+    assert text(*hot, "--top-k", "1") == text(*hot, "--top-p", "1e-9") == greedy
+    assert text("--repetition-penalty", "5") != greedy
+
+
+def test_quantize_and_dtype_flags(checkpoint_folder, capsys):
+    flags = ("--quantize", "int8", "--dtype", "bfloat16", "--device", "cpu")
+    assert generate(checkpoint_folder, *flags) == 0
+    out, err = capsys.readouterr()
+    assert err.endswith(" on cpu in bfloat16\n")
+    tokenizer = Tokenizer(checkpoint_folder)
+    prompt = tokenizer.encode("the word")
+    model = glm4.load(checkpoint_folder, dtype="bfloat16", quantize="int8", device="cpu")
+    left = 256 - len(prompt)  # no --max-new-tokens: all that the context leaves
+    assert out == tokenizer.decode(model.generate([prompt], left)[0]) + "\n"
+
+
+# Each breaks a good checkpoint, and may return more flags.
+def not_glm4(folder):
+    change_config(folder, model_type="llama")
+
+
+def impossible_size(folder):
+    change_config(folder, num_attention_heads=-4)
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def index_points_outside(folder):
+    weight_map = split_into_shards(folder)
+    weight_map["lm_head.weight"] = "../elsewhere.safetensors"
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+
+
+def nan_weights(folder):
+    write_checkpoint(folder, tensors={"lm_head.weight": torch.full((320, 64), torch.nan)})
+
+
+def missing_tensor(folder):
+    write_checkpoint(folder, tensors={"model.norm.weight": None})
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def remote_code_tokenizer(folder):
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+
+
+def broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("[]")
+
+
+def tokenizer_of_a_larger_model(folder):
+    shutil.copy(checkpoint.DEMO / "tokenizer.json", folder)
+
+
+def long_prompt(folder):
+    return ["--prompt", "x" * 300]
+
+
+def too_many_new_tokens(folder):
+    return ["--max-new-tokens", "300"]
+
+
+def empty_prompt(folder):
+    return ["--prompt", ""]
+
+
+def no_such_folder(folder):
+    return ["--model", str(folder / "nowhere")]
+
+
+def no_such_device(folder):
+    return ["--device", "cuda:99"]
+
+
+def no_such_dtype(folder):
+    return ["--dtype", "int3"]
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | changes)
+
+
+@pytest.mark.parametrize(
+    "breaks, message",
+    [
+        (no_such_folder, r"nowhere.*: no such folder"),
+        (not_glm4, r"config\.json: model_type must be .* got 'llama'"),
+        (impossible_size, r"config\.json: num_attention_heads must be .* got -4"),
+        (truncated, r"model\.safetensors: not a whole safetensors file"),
+        (pickle_only, r"pytorch_model\.bin: pickled weights .* are not read"),
+        (index_points_outside, r"index\.json: .* lm_head\.weight .* '\.\./elsewhere\.safetensors'"),
+        (nan_weights, r"model\.safetensors: tensor lm_head\.weight must be finite, got NaN"),
+        (missing_tensor, r"model\.safetensors: tensor model\.norm\.weight \[64\] is missing"),
+        (no_tokenizer, r"tiny: tokenizer\.json is missing"),
+        (remote_code_tokenizer, r"tiny: holds only tokenizer\.model, .* later release"),
+        (broken_tokenizer, r"tokenizer\.json: not a tokenizer that can be read"),
+        (tokenizer_of_a_larger_model, r"prompts\[0\] must be token ids in \[0, 320\), got 15\d\d"),
+        (long_prompt, r"prompts\[0\] .* at most 256 tokens .* got 302 \+ 1,, .* GiB"),
+        (
+            too_many_new_tokens,
+            r"at most 256 tokens \(the model's context\), got \d+ \+ 300, .* GiB",
+        ),
+        (empty_prompt, r"the prompt is empty"),
+        (no_such_device, r"device must be .* got 'cuda:99'"),
+        (no_such_dtype, r"dtype must be .* got 'int3'"),
+    ],
+)
+def test_bad_input_is_one_line(folder, capsys, breaks, message):
+    flags = breaks(folder) or []
+    assert generate(folder, *flags) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(rf"glm4: .*{message}.*\n", err), err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "the following arguments are required: command"),
+        (["sing"], "invalid choice: 'sing'"),
+        (["generate", "--colour"], "unrecognized arguments: --colour"),
+        (["generate", "--max-new-tokens", "many"], "invalid int value: 'many'"),
+        (["generate", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["generate", "--temperature", "-1"], "temperature must be at least 0 and finite, got -1"),
+        (["generate", "--top-k", "0"], "top_k must be at least 1 or None, got 0"),
+        (["generate", "--top-p", "1.5"], "top_p must be over 0 and at most 1, got 1.5"),
+        (["generate", "--repetition-penalty", "nan"], "repetition_penalty must be over 0"),
+        (["generate", "--seed", "-1"], "seed must be at least 0"),
+        (["generate", "--quantize", "int3"], "invalid choice: 'int3'"),
+        (["env", "--model", "x"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_command_line_is_one_line(capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert re.fullmatch(rf"glm4: .*{re.escape(message)}.* \(see `glm4.* --help`\)\n", err), err
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried 9 GiB"), "out of memory: CUDA out of"),
+        (MemoryError(), "out of memory: the system has none left"),
+        (RuntimeError("glm4_kernels was not built: run"), "glm4_kernels was not built: run$"),
+        (OSError(28, "No space left"), r"\[Errno 28\] No space left$"),
+        (KeyError("wat"), r"KeyError: 'wat' \(unexpected; `glm4 --debug \.\.\.` shows where\)$"),
+        (RuntimeError("a\nb"), r"RuntimeError: a b \(unexpected"),
+    ],
+)
+def test_other_errors_are_one_line_and_debug_shows_them(capsys, monkeypatch, error, line):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "environment", fail)
+    assert main(["env"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and re.match(f"glm4: {line}", err.strip()), err
+    with pytest.raises(type(error)):
+        main(["--debug", "env"])
+
+
+def test_warnings_are_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "environment", lambda: warnings.warn("a\nb", stacklevel=1) or {})
+    assert main(["env", "--json"]) == 0
+    assert capsys.readouterr().err == "glm4: warning: a b\n"
+
+
+def test_help_shows_an_example_and_needs_no_torch():
+    code = "import sys; from glm4.cli import main\ntry: main(['--help'])\n"
+    code += "except SystemExit as stop: assert stop.code == 0\nassert 'torch' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert 'glm4 generate --prompt "In the beginning"' in run.stdout
+
+
+def glm4_process(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "glm4", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_real_process_with_the_demo_model():
+    out, err = glm4_process("generate", "--prompt", "In the", "--max-new-tokens", "8").communicate()
+    assert re.search(r"\w+ \w+", out.decode()) and re.fullmatch(SPEEDS, err.decode())
+
+
+ENDLESS = ("generate", "--prompt", "In the", "--max-new-tokens", "1000")
+
+
+def test_interrupt():
+    process = glm4_process(*ENDLESS)
+    assert process.stdout.read(3)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.read().decode() == "\nglm4: interrupted\n"
+    assert process.wait() == 130
+
+
+def test_reader_that_leaves():
+    process = glm4_process(*ENDLESS)
+    assert process.stdout.read(3)
+    process.stdout.close()
+    assert process.stderr.read().decode() == ""
+    assert process.wait() == 141
+
+
+@pytest.mark.parametrize(("terminal", "seconds"), [(True, 0.3), (True, 0), (False, 0.3)])
+def test_progress_bar_shows_late_and_on_terminals(monkeypatch, terminal, seconds):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal)
+    monkeypatch.setattr(checkpoint, "Console", lambda stderr: console)
+    timer = threading.Timer
+    monkeypatch.setattr(checkpoint.threading, "Timer", lambda _, action: timer(0.1, action))
+    with checkpoint.progress_bar("Reading", 10) as show:
+        show(3)
+        time.sleep(seconds)
+    assert ("Reading" in screen.getvalue()) == (terminal and seconds > 0)
+    assert terminal or screen.getvalue() == ""
