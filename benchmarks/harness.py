@@ -81,6 +81,7 @@ def discover(only: list[str] | None = None) -> dict[str, ModuleType]:
     }
 
 
+@torch.inference_mode()
 def run_case(
     case: Case,
     device: torch.device,
@@ -126,6 +127,7 @@ def run_case(
     }
 
 
+@torch.inference_mode()
 def gate(case: Case) -> list[dict[str, Any]]:
     """Runs each contender once on copies of the same inputs; `status` is ok, wrong or failed.
 
@@ -303,6 +305,4 @@ def run_cases(
     """The results of the cases, one after the other."""
     probe = CpuReadProbe() if device.type == "cpu" and not quick else None
     for case in cases:
-        with torch.inference_mode():
-            result = run_case(case, device, ceilings, probe, quick)
-        yield result
+        yield run_case(case, device, ceilings, probe, quick)

@@ -41,18 +41,21 @@ def speedup(op: Result) -> str:
 
 def op_table(results: list[Result]) -> Table:
     """Everybody's times in the cases of one op, for the terminal."""
-    table = Table(title=results[0]["op"], title_justify="left")
+    table = Table(title=results[0]["op"], title_justify="left", caption_justify="left")
     graph = any("graph" in c for op in results for c in op["contenders"])
     for name in ("case", "who", "eager", "p20-p80", *(["in a graph"] if graph else [])):
         table.add_column(name, justify="left" if name in ("case", "who") else "right")
-    for name in ("rate", "of ceiling", "against the best peer"):
+    for name in ("rate", "of ceiling", "speed against best peer"):
         table.add_column(name, justify="right")
+    notes: list[str] = []
     for op in results:
         for i, contender in enumerate(op["contenders"]):
             row = [op["label"] if i == 0 else "", contender["name"]]
             eager, best = contender.get("eager"), contender.get("graph", contender.get("eager"))
+            if "note" in contender:
+                notes.append(f"{op['label']}, {contender['name']}: {contender['note']}")
             if eager is None:
-                table.add_row(*row, f"[red]{contender['status']}: {contender['note']}")
+                table.add_row(*row, f"[red]{contender['status']}")
                 continue
             row += [duration(eager["us"]), f"{eager['p20_us']:.1f}-{eager['p80_us']:.1f}"]
             if graph:
@@ -60,6 +63,7 @@ def op_table(results: list[Result]) -> Table:
             row += [rate(op, best), share(op, best), speedup(op) if i == 0 else ""]
             table.add_row(*row, style="bold" if i == 0 else "")
         table.add_section()
+    table.caption = "\n".join(notes)
     return table
 
 
@@ -139,7 +143,7 @@ def markdown(root: Path, readme: Path) -> str:
                 f"**{model_name(model)}**, random weights\n\n{pipes(DECODE_COLUMNS, rows)}"
             )
         if ops:
-            columns = ("op", "case", "time", "rate", "of ceiling", "against the best peer")
+            columns = ("op", "case", "time", "rate", "of ceiling", "speed against best peer")
             summary = f"{len(ops)} cases of {len({op['op'] for op in ops})} ops"
             table = pipes(columns, map(op_row, ops))
             parts.append(f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>")
@@ -209,7 +213,8 @@ def plot(root: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "glm4-kernels"  # the same file from the same results
+    # The same file from the same results; text stays text.
+    matplotlib.rcParams.update({"svg.hashsalt": "glm4-kernels", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
     written = []
