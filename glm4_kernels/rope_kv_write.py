@@ -79,7 +79,8 @@ def quantise_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [T, G, D] in `dtype`, and scale [T, G] such that x is about scale * the first."""
     limit = QUANTISED_LIMIT[dtype]
     x = x.to(torch.float32)
-    scale = x.abs().amax(-1, keepdim=True) / limit
+    amax = x.abs().amax(-1, keepdim=True)
+    scale = amax / torch.full_like(amax, limit)  # by a number, CUDA would multiply by 1 / limit
     x = (x / torch.where(scale > 0, scale, 1.0)).clamp(-limit, limit)
     return (x.round() if dtype == torch.int8 else x).to(dtype), scale.squeeze(-1)
 
