@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
     command.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="default: 256"
+        "--max-new-tokens", type=int, metavar="N", help="default: 256, or what the context leaves"
     )
     command.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy"
@@ -132,20 +132,15 @@ def generate(args: argparse.Namespace) -> None:
     config = read_config(folder, args.rope_theta)
     tokenizer = Tokenizer(folder)
     prompt = tokenizer.encode(text)
-    left = max(config.max_positions - len(prompt), 1)
-    max_new_tokens = args.max_new_tokens or min(256, left)
+    left = config.max_positions - len(prompt)
+    max_new_tokens = args.max_new_tokens or max(min(256, left), 1)
     model = load(folder, args.device, args.dtype, args.quantize, rope_theta=args.rope_theta)
 
     times = [time.perf_counter()]
     pieces = TextStream(tokenizer)
     with progress_bar("Reading the prompt", len(prompt)) as show:
-        tokens = stream(
-            model,
-            [prompt],
-            max_new_tokens,
-            *chosen,
-            on_prefill=lambda done, total: show(done),
-        )
+        on_prefill = lambda done, total: show(done)  # noqa: E731
+        tokens = stream(model, [prompt], max_new_tokens, *chosen, on_prefill=on_prefill)
         first = next(tokens)
     _write(pieces.push(first[1]))
     times.append(time.perf_counter())

@@ -174,7 +174,7 @@ def change_config(folder, **changes):
         (remote_code_tokenizer, r"tiny: holds only tokenizer\.model, .* later release"),
         (broken_tokenizer, r"tokenizer\.json: not a tokenizer that can be read"),
         (tokenizer_of_a_larger_model, r"prompts\[0\] must be token ids in \[0, 320\), got 15\d\d"),
-        (long_prompt, r"prompts\[0\] .* at most 256 tokens .* got 302 \+ 1,, .* GiB"),
+        (long_prompt, r"prompts\[0\] .* at most 256 tokens .* got 302 \+ 1, .* GiB"),
         (
             too_many_new_tokens,
             r"at most 256 tokens \(the model's context\), got \d+ \+ 300, .* GiB",
