@@ -413,35 +413,30 @@ def tensors_in(path: Path) -> list[Stored]:
         ]
 
 
-# The tensors of a checkpoint that make up each tensor of ours, `{}` being the layer; more than one
-# are its rows in that order.
-TRANSFORMERS = {
-    "embedding": ["model.embed_tokens.weight"],
-    "input_norm": ["model.layers.{}.input_layernorm.weight"],
-    "qkv": [f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv"],
-    "qkv_bias": [f"model.layers.{{}}.self_attn.{x}_proj.bias" for x in "qkv"],
-    "o": ["model.layers.{}.self_attn.o_proj.weight"],
-    "post_attention_norm": ["model.layers.{}.post_self_attn_layernorm.weight"],
-    "mlp_norm": ["model.layers.{}.post_attention_layernorm.weight"],
-    "gate_up": ["model.layers.{}.mlp.gate_up_proj.weight"],
-    "down": ["model.layers.{}.mlp.down_proj.weight"],
-    "post_mlp_norm": ["model.layers.{}.post_mlp_layernorm.weight"],
-    "norm": ["model.norm.weight"],
-    "lm_head": ["lm_head.weight"],
+# What each of our tensors is called: by transformers, by the remote code. `{}` is the layer; more
+# than one name: its rows, in that order.
+NAMES = {
+    "embedding": ("model.embed_tokens.weight", "transformer.embedding.word_embeddings.weight"),
+    "norm": ("model.norm.weight", "transformer.encoder.final_layernorm.weight"),
+    "lm_head": ("lm_head.weight", "transformer.output_layer.weight"),
 }
-REMOTE_CODE = {
-    "embedding": ["transformer.embedding.word_embeddings.weight"],
-    "input_norm": ["transformer.encoder.layers.{}.input_layernorm.weight"],
-    "qkv": ["transformer.encoder.layers.{}.self_attention.query_key_value.weight"],
-    "qkv_bias": ["transformer.encoder.layers.{}.self_attention.query_key_value.bias"],
-    "o": ["transformer.encoder.layers.{}.self_attention.dense.weight"],
-    "post_attention_norm": ["transformer.encoder.layers.{}.post_self_attn_layernorm.weight"],
-    "mlp_norm": ["transformer.encoder.layers.{}.post_attention_layernorm.weight"],
-    "gate_up": ["transformer.encoder.layers.{}.mlp.dense_h_to_4h.weight"],
-    "down": ["transformer.encoder.layers.{}.mlp.dense_4h_to_h.weight"],
-    "post_mlp_norm": ["transformer.encoder.layers.{}.post_mlp_layernorm.weight"],
-    "norm": ["transformer.encoder.final_layernorm.weight"],
-    "lm_head": ["transformer.output_layer.weight"],
+PREFIXES = ("model.layers.{}.", "transformer.encoder.layers.{}.")
+LAYER_NAMES = {
+    "input_norm": ("input_layernorm.weight",) * 2,
+    "qkv": (
+        "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
+        "self_attention.query_key_value.weight",
+    ),
+    "qkv_bias": (
+        "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias",
+        "self_attention.query_key_value.bias",
+    ),
+    "o": ("self_attn.o_proj.weight", "self_attention.dense.weight"),
+    "post_attention_norm": ("post_self_attn_layernorm.weight",) * 2,
+    "mlp_norm": ("post_attention_layernorm.weight",) * 2,
+    "gate_up": ("mlp.gate_up_proj.weight", "mlp.dense_h_to_4h.weight"),
+    "down": ("mlp.down_proj.weight", "mlp.dense_4h_to_h.weight"),
+    "post_mlp_norm": ("post_mlp_layernorm.weight",) * 2,
 }
 # Tables of RoPE that some checkpoints carry; the model computes its own.
 IGNORED = {"inv_freq", "cos_cached", "sin_cached"}
@@ -451,15 +446,18 @@ def match_tensors(
     config: Config, stored: dict[str, Stored], listing: Path
 ) -> dict[str, list[Stored]]:
     """What is stored of each tensor in `config.shapes`; refuses any that differs."""
-    remote_code = any(name.startswith("transformer.") for name in stored)
-    names = REMOTE_CODE if remote_code else TRANSFORMERS
+    family = 1 if any(name.startswith("transformer.") for name in stored) else 0
     head_rows = [config.heads, config.kv_heads, config.kv_heads]
     sources, unexpected = {}, dict(stored)
     for ours, (rows, *rest) in config.shapes.items():
         if ours == "lm_head" and config.tied:
             continue
         layer, _, kind = ours.removeprefix("layers.").rpartition(".")
-        parts = [name.format(layer) for name in names[kind]]
+        if layer:
+            own = PREFIXES[family].format(layer)
+            parts = [own + name for name in LAYER_NAMES[kind][family].split()]
+        else:
+            parts = [NAMES[kind][family]]
         n_rows = [rows] if len(parts) == 1 else [n * config.head_dim for n in head_rows]
         for name, n in zip(parts, n_rows, strict=True):
             expected = [n, *rest]

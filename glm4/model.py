@@ -27,6 +27,7 @@ from torch import Tensor
 import glm4_kernels as gk
 from glm4.attention import Chunk, chunks_of, prefill_attention
 from glm4.cache import PAGE_SIZE, Cache, Step
+from glm4_kernels.library import bad_value
 
 # A weight as `linear` takes it: a tensor, or what `gk.quantize` made of one.
 Weight = Any
@@ -179,9 +180,8 @@ class Model:
         self.config, self.device, self.dtype = config, device, dtype
         self.embedding: Tensor = weights["embedding"]
         self.first_norm: Tensor = weights["layers.0.input_norm"]
-        self.blocks = [Block(config, weights, i) for i in range(config.layers)]
         self.lm_head = weights["lm_head"]
-        self.rope = gk.rope_table(
+        rope = gk.rope_table(
             config.max_positions,
             config.theta,
             rotary_dim=config.rotary_dim,
@@ -190,6 +190,7 @@ class Model:
             dtype=dtype if rope_mode == "reference" else torch.float32,
             device=device,
         )
+        self.blocks = [Block(config, weights, rope, i) for i in range(config.layers)]
 
     @classmethod
     @torch.no_grad()
@@ -235,7 +236,7 @@ class Model:
         y = gk.rms_norm(residual, self.first_norm, self.config.eps)  # [T, hidden]
         chunks = None if step.query_lens is None else chunks_of(step)
         for block, k_cache, v_cache in zip(self.blocks, cache.k, cache.v, strict=True):
-            y, residual = block.forward(y, residual, step, chunks, self.rope, k_cache, v_cache)
+            y, residual = block.forward(y, residual, step, chunks, k_cache, v_cache)
         return y
 
     @torch.inference_mode()
@@ -254,25 +255,19 @@ class Model:
             float32 [B, T, vocab]: row t has seen tokens 0..t.
         """
         if token_ids.dim() != 2 or token_ids.dtype != torch.long:
-            raise ValueError(
-                "logits: token_ids must be int64 [B, T], "
-                f"got {token_ids.dtype} {list(token_ids.shape)}"
-            )
+            actual = f"{token_ids.dtype} {list(token_ids.shape)}"
+            raise bad_value("logits", "token_ids", "int64 [B, T]", actual)
         n_sequences, length = token_ids.shape
         config = self.config
         if length > config.max_positions:
-            raise ValueError(
-                f"logits: token_ids must hold at most {config.max_positions} tokens a sequence, "
-                f"got {length}"
-            )
+            raise bad_value("logits", "token_ids", f"[B, at most {config.max_positions}]", length)
         logits = torch.empty(n_sequences, length, config.vocab, device=self.device)
         if token_ids.numel() == 0:
             return logits
         low, high = token_ids.min().item(), token_ids.max().item()
         if low < 0 or high >= config.vocab:
-            raise ValueError(
-                f"logits: token_ids must be from 0 to {config.vocab - 1}, got {low} to {high}"
-            )
+            actual = f"{low} to {high}"
+            raise bad_value("logits", "token_ids", f"from 0 to {config.vocab - 1}", actual)
         token_ids = token_ids.to(self.device)
 
         n_pages = math.ceil(length / PAGE_SIZE)
@@ -308,11 +303,13 @@ class Model:
 class Block:
     """Attention and MLP, each followed by "add to the residual, then norm for the next"."""
 
-    def __init__(self, config: Config, weights: dict[str, Weight], layer: int) -> None:
+    def __init__(
+        self, config: Config, weights: dict[str, Weight], rope: Tensor, layer: int
+    ) -> None:
         own = f"layers.{layer}."
         last = layer == config.layers - 1
         self.eps = config.eps
-        self.attention = Attention(config, weights, own)
+        self.attention = Attention(config, weights, rope, own)
         self.mlp = MLP(weights, own)
         self.post_attention_norm: Tensor | None = weights.get(own + "post_attention_norm")
         self.mlp_norm: Tensor = weights[own + "mlp_norm"]
@@ -325,19 +322,19 @@ class Block:
         residual: Tensor,
         step: Step,
         chunks: list[Chunk] | None,
-        rope: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """x [T, hidden] is the residual, normed; so is what comes back, for the next block."""
-        y = self.attention.forward(x, step, chunks, rope, k_cache, v_cache)
+        y = self.attention.forward(x, step, chunks, k_cache, v_cache)
         y, residual = add_and_norm(y, residual, self.post_attention_norm, self.mlp_norm, self.eps)
         y = self.mlp.forward(y)
         return add_and_norm(y, residual, self.post_mlp_norm, self.next_norm, self.eps)
 
 
 class Attention:
-    def __init__(self, config: Config, weights: dict[str, Weight], own: str) -> None:
+    def __init__(self, config: Config, weights: dict[str, Weight], rope: Tensor, own: str) -> None:
+        self.rope = rope  # [max_positions, rotary_dim], the same for every layer
         self.heads = config.heads
         self.scale = config.head_dim**-0.5
         self.qkv = weights[own + "qkv"]
@@ -349,13 +346,12 @@ class Attention:
         x: Tensor,
         step: Step,
         chunks: list[Chunk] | None,
-        rope: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> Tensor:
         qkv = linear(x, self.qkv, self.qkv_bias)  # [T, (H + 2G) * D]
         q = gk.rope_kv_write(
-            qkv, step.positions, rope, k_cache, v_cache, step.slots, self.heads
+            qkv, step.positions, self.rope, k_cache, v_cache, step.slots, self.heads
         )  # [T, H, D]; K and V are in their pages
         if chunks is None:
             y = gk.flash_decode(

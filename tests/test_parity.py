@@ -128,8 +128,8 @@ def swap_kv_heads(model):
     qkv[q_rows : q_rows + 2 * head_dim] = qkv[q_rows : q_rows + 2 * head_dim].roll(head_dim, 0)
 
 
-def shift_positions(model):
-    model.rope = model.rope.roll(1, 1)
+def mix_frequencies(model):
+    model.blocks[0].attention.rope = model.blocks[0].attention.rope.roll(1, 1)
 
 
 MUTATIONS = [
@@ -139,7 +139,7 @@ MUTATIONS = [
     skip_sandwich,
     swap_gate_and_up,
     swap_kv_heads,
-    shift_positions,
+    mix_frequencies,
 ]
 
 
