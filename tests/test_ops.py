@@ -1,0 +1,313 @@
+"""What every op owes PyTorch, over one table of examples: a correct schema, a fake that tells the
+truth, `torch.compile` without a graph break, fresh outputs, no gradient, and a check at the door.
+
+`opcheck` proves nothing numerical; the numbers are tested per op, in test_<op>.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import glm4_kernels as gk
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Example:
+    """Arguments of `torch.ops.glm4_kernels.<op>`, made afresh at each call."""
+
+    op: str
+    label: str
+    make: Callable[[torch.dtype, torch.device], tuple[Any, ...]]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.label}"
+
+    @property
+    def overload(self) -> Any:
+        return getattr(torch.ops.glm4_kernels, self.op).default
+
+    def arguments(self, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+        if device.type not in self.devices:
+            pytest.skip(f"{self} is for {self.devices[0]}")
+        torch.manual_seed(7)
+        return self.make(dtype, device)
+
+
+def rows(dtype, device, *shape):
+    return torch.randn(shape, dtype=dtype, device=device)
+
+
+def norm(layout):
+    def make(dtype, device):
+        return layout(rows(dtype, device, 6, 4, 32)), rows(dtype, device, 32), EPS
+
+    return make
+
+
+def residual_norm(n_weights):
+    def make(dtype, device):
+        x = rows(dtype, device, 3, 64)[:, 8:40]
+        residual = rows(dtype, device, 32, 3).t()
+        return x, residual, *(rows(dtype, device, 32) for _ in range(n_weights)), EPS
+
+    return make
+
+
+def packed_qkv(dtype, device, n_tokens, n_heads, n_kv_heads):
+    """q, k and v as views of one projection."""
+    qkv = rows(dtype, device, n_tokens, n_heads + 2 * n_kv_heads, 64)
+    return qkv, qkv.split([n_heads, n_kv_heads, n_kv_heads], dim=1)
+
+
+def rope(table_dtype, index_dtype):
+    def make(dtype, device):
+        _, (q, k, _) = packed_qkv(dtype, device, 5, 6, 2)
+        positions = torch.tensor([3, 0, 7, 7, 1], dtype=index_dtype, device=device)
+        table = gk.rope_table(8, 1e4, rotary_dim=32, dtype=table_dtype or dtype, device=device)
+        return q, k, positions, table
+
+    return make
+
+
+def cache(n_pages, dtype, device):
+    """Pages and scales of K or of V; head-major strides, so that they are not contiguous."""
+    pages = torch.randn(n_pages, 16, 2, 64, device=device).mul(20).to(dtype).transpose(1, 2)
+    if dtype.is_floating_point:
+        return pages, None
+    return pages, torch.rand(n_pages, 2, 16, device=device)
+
+
+def rope_kv_write(cache_dtype, bias):
+    def make(dtype, device):
+        qkv, _ = packed_qkv(dtype, device, 3, 6, 2)
+        positions = torch.tensor([4, 5, 0], device=device)
+        table = gk.rope_table(8, 1e4, rotary_dim=32, dtype=dtype, device=device)
+        (k, k_scale), (v, v_scale) = (cache(2, cache_dtype or dtype, device) for _ in range(2))
+        slots = torch.tensor([17, 3, -1], device=device)
+        added = rows(dtype, device, 10 * 64) if bias else None
+        return qkv.flatten(1), positions, table, k, v, slots, 6, added, k_scale, v_scale
+
+    return make
+
+
+def flash_decode(n_queries, cache_dtype):
+    def make(dtype, device):
+        sizes = (3, 6) if n_queries is None else (3, n_queries, 6)
+        q = rows(dtype, device, *sizes, 128)[..., 64:]
+        (k, k_scale), (v, v_scale) = (cache(5, cache_dtype or dtype, device) for _ in range(2))
+        table = torch.tensor([[4, 0], [1, 99], [2, 3]], dtype=torch.int32, device=device)
+        lengths = torch.tensor([20, 5, 32], dtype=torch.int32, device=device)
+        return q, k, v, table, lengths, 0.125, k_scale, v_scale
+
+    return make
+
+
+def merge_attention(dtype, device):
+    outs = [rows(dtype, device, 3, 6, 64) for _ in range(2)]
+    lses = [torch.randn(3, 6, device=device) for _ in range(2)]
+    lses[0][1] = -torch.inf
+    return outs[0], lses[0], outs[1], lses[1]
+
+
+def quantized_matmul(bits, group_size, symmetric, bias, int8_activations):
+    def make(dtype, device):
+        weight = gk.quantize(torch.randn(24, 128), bits, group_size, symmetric).to(device)
+        x = rows(dtype, device, 128, 5).t()
+        added = rows(dtype, device, 24) if bias else None
+        weights = weight.packed, weight.scale, weight.zero_point
+        return x, *weights, added, bits, group_size, int8_activations
+
+    return make
+
+
+EXAMPLES = [
+    Example("rms_norm", "three dims", norm(lambda x: x)),
+    Example("rms_norm", "permuted", norm(lambda x: x.transpose(0, 1))),
+    Example("rms_norm", "one row, expanded", norm(lambda x: x[:1].expand(2, 4, 32))),
+    Example("rms_norm", "no rows", norm(lambda x: x[:0])),
+    Example("add_rms_norm", "strided", residual_norm(1)),
+    Example("sandwich_norm", "strided", residual_norm(2)),
+    Example("swiglu", "contiguous", lambda *on: (rows(*on, 3, 64),)),
+    Example("swiglu", "slice", lambda *on: (rows(*on, 2, 3, 80)[..., 3:71],)),
+    Example("rope", "views of qkv", rope(None, torch.int64)),
+    Example("rope", "float32 table, int32 positions", rope(torch.float32, torch.int32)),
+    Example("rope_kv_write", "bias", rope_kv_write(None, bias=True)),
+    Example("rope_kv_write", "int8 cache", rope_kv_write(torch.int8, bias=False)),
+    Example("flash_decode", "one query", flash_decode(None, None)),
+    Example("flash_decode", "three queries, int8 cache", flash_decode(3, torch.int8)),
+    Example("merge_attention", "an empty side", merge_attention),
+    Example("quantized_matmul", "int4", quantized_matmul(4, 32, True, True, False)),
+    Example(
+        "quantized_matmul", "int8, zero points", quantized_matmul(8, None, False, False, False)
+    ),
+    Example(
+        "quantized_matmul",
+        "int4, int8 activations",
+        quantized_matmul(4, 64, False, True, True),
+        devices=("cpu",),
+    ),
+]
+# The same op through its public function, where that takes other arguments than the op.
+PUBLIC: dict[str, Callable[..., Any]] = {
+    "flash_decode": lambda *arguments: gk.flash_decode(*arguments, return_lse=True),
+    "quantized_matmul": lambda x, packed, scale, zero_point, bias, bits, group_size, int8: (
+        gk.quantized_matmul(
+            x,
+            gk.QuantizedWeight(
+                packed, scale, zero_point, bits, group_size, (packed.shape[0], x.shape[-1])
+            ),
+            bias,
+            "int8" if int8 else "float",
+        )
+    ),
+}
+
+each_example = pytest.mark.parametrize("example", EXAMPLES, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def test_every_op_has_an_example():
+    registered = {
+        name.removeprefix("glm4_kernels::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("glm4_kernels::")
+    }
+    assert registered == {example.op for example in EXAMPLES}
+
+
+@each_example
+@each_dtype
+def test_opcheck(example, dtype, device):
+    torch.library.opcheck(example.overload, example.arguments(dtype, device))
+
+
+@each_example
+def test_compiles_without_a_graph_break(example, device):
+    """Through the public function, between other operations, inputs written in place included."""
+    public = PUBLIC.get(example.op, getattr(gk, example.op))
+
+    def step(*arguments):
+        first = arguments[0] * 2
+        return [x + 1 for x in tensors(public(first, *arguments[1:]))]
+
+    eager_arguments = example.arguments(torch.float32, device)
+    compiled_arguments = example.arguments(torch.float32, device)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(*compiled_arguments), step(*eager_arguments))
+    assert_equal(tensors(compiled_arguments), tensors(eager_arguments))
+
+
+@each_example
+@each_dtype
+def test_fake_tells_the_truth(example, dtype, device):
+    real = tensors(example.overload(*example.arguments(dtype, device)))
+    mode = FakeTensorMode()
+    arguments = [
+        mode.from_tensor(a) if isinstance(a, Tensor) else a
+        for a in example.arguments(dtype, device)
+    ]
+    with mode:
+        fake = tensors(example.overload(*arguments))
+    assert [describe(x) for x in fake] == [describe(x) for x in real]
+
+
+@each_example
+def test_outputs_are_fresh_and_inputs_kept(example, device):
+    arguments = example.arguments(torch.float32, device)
+    before = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    outputs = tensors(example.overload(*arguments))
+
+    inputs = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, Tensor)} - {0}
+    for output in outputs:
+        assert output.is_contiguous()
+        assert output.untyped_storage().data_ptr() not in inputs, "an output is a view of an input"
+    for parameter, old, new in zip(
+        example.overload._schema.arguments, before, arguments, strict=True
+    ):
+        if isinstance(new, Tensor):
+            kept = torch.equal(old, new)
+            written = parameter.alias_info is not None and parameter.alias_info.is_write
+            assert kept != written, f"{parameter.name}: declared written {written}, kept {kept}"
+
+
+@each_example
+def test_refuses_gradients(example, device):
+    arguments = example.arguments(torch.float32, device)
+    for index, parameter in enumerate(example.overload._schema.arguments):
+        argument = arguments[index]
+        if isinstance(argument, Tensor) and argument.is_floating_point():
+            wanted = argument.detach().requires_grad_()
+            changed = (*arguments[:index], wanted, *arguments[index + 1 :])
+            with pytest.raises(
+                RuntimeError, match=f"^{example.op}: {parameter.name} requires grad"
+            ):
+                example.overload(*changed)
+
+
+@each_example
+def test_takes_parameters_in_inference_mode(example, device):
+    expected = tensors(example.overload(*example.arguments(torch.float32, device)))
+    parameters = [
+        torch.nn.Parameter(a) if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in example.arguments(torch.float32, device)
+    ]
+    with torch.inference_mode():
+        assert_equal(tensors(example.overload(*parameters)), expected)
+
+
+@each_example
+def test_the_op_checks_what_it_is_called_with(example, device):
+    """Each tensor in turn of an impossible dtype, then on another device; real and fake."""
+    arguments = example.arguments(torch.float32, device)
+    for index, argument in enumerate(arguments):
+        if not isinstance(argument, Tensor):
+            continue
+        wrong = (*arguments[:index], argument.to(torch.complex64), *arguments[index + 1 :])
+        with pytest.raises(TypeError, match=f"^{example.op}: \\w+ must be .*, got "):
+            example.overload(*wrong)
+        mode = FakeTensorMode()
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in wrong]
+        with mode, pytest.raises(TypeError, match=f"^{example.op}: \\w+ must be .*, got "):
+            example.overload(*fakes)
+        elsewhere = (*arguments[:index], argument.to("meta"), *arguments[index + 1 :])
+        if sum(isinstance(a, Tensor) for a in arguments) > 1:
+            with pytest.raises(ValueError, match=f"^{example.op}: \\w+ must be on \\w+.*, got "):
+                example.overload(*elsewhere)
+
+
+def test_inductor_keeps_the_cache_write(device):
+    """The one op that writes its inputs, through the default compiler's functionalisation."""
+    example = next(e for e in EXAMPLES if e.op == "rope_kv_write")
+    eager, compiled = (example.arguments(torch.float32, device) for _ in range(2))
+    torch._dynamo.reset()
+    step = torch.compile(lambda *arguments: gk.rope_kv_write(*arguments) * 2, fullgraph=True)
+    assert_equal([step(*compiled)], [gk.rope_kv_write(*eager) * 2])
+    assert_equal(tensors(compiled), tensors(eager))
+
+
+def tensors(values: Any) -> list[Tensor]:
+    values = values if isinstance(values, (tuple, list)) else (values,)
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def describe(x: Tensor) -> tuple[Any, ...]:
+    return tuple(x.shape), tuple(x.stride()), x.dtype, x.device
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        assert describe(a) == describe(b)
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
