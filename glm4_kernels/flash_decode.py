@@ -20,6 +20,7 @@ Bytes moved: keys * G * (2 * D * itemsize, + 8 if quantised), plus q, out and ls
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -41,7 +42,6 @@ HEAD_DIMS = (64, 128)
 MAX_GROUP = 32
 MAX_QUERIES = 8
 MIN_PAGE_SIZE = 16
-LOG2_E = 1.4426950408889634
 # p * v_scale times this stays among fp16's normal numbers for smaller p; times the largest |v| of
 # fp16, 65504, over 127 it stays finite.
 P_RANGE = 64.0
@@ -63,7 +63,7 @@ def flash_decode_reference(
     group = n_heads // n_kv_heads
     compute = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(rows.shape, dtype=q.dtype, device=q.device)
-    lse = torch.full(rows.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    lse = torch.full(rows.shape[:3], -torch.inf, dtype=compute, device=q.device)
 
     for b, n_keys in enumerate(seq_lens.tolist()):
         if n_keys == 0:
@@ -127,7 +127,7 @@ def _flash_decode_partial_kernel(
     n_kv_heads,
     n_pages,
     max_pages,
-    scale_log2,
+    scale,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -138,9 +138,9 @@ def _flash_decode_partial_kernel(
 ):
     """out = softmax(scale q k^T) v and its lse, over one split of one sequence and KV head.
 
-    Online softmax over tiles of BLOCK_N keys, base 2:
-        s = scale_log2 q k^T    m' = max(m, max s)    p = exp2(s - m')
-        total = exp2(m - m') total + sum p    acc = exp2(m - m') acc + p v    out = acc / total
+    Online softmax over tiles of BLOCK_N keys, s and m before scaling:
+        s = q k^T    m' = max(m, max s)    p = exp(scale (s - m'))    decay = exp(scale (m - m'))
+        total = decay total + sum p    acc = decay acc + p v    out = acc / total
     """
     batch = (tl.program_id(0) // n_kv_heads).to(tl.int64)
     kv_head = (tl.program_id(0) % n_kv_heads).to(tl.int64)
@@ -169,6 +169,7 @@ def _flash_decode_partial_kernel(
     q_rows = batch * stride_q_batch + query * stride_q_query + head * stride_q_head
     q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=row_mask[:, None], other=0.0)
 
+    scale_log2 = scale * 1.4426950408889634
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
@@ -185,7 +186,7 @@ def _flash_decode_partial_kernel(
         k_tile = k_ptr + page * stride_k_page + kv_head * stride_k_head
         k_ptrs = k_tile + token[:, None] * stride_k_token + dims[None, :]
         k = tl.load(k_ptrs, mask=key_mask[:, None], other=0.0).to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if k_scale_ptr is not None:
             k_scale = k_scale_ptr + page * stride_k_scale_page + kv_head * stride_k_scale_head
             s *= tl.load(k_scale + token, mask=key_mask, other=0.0)[None, :]
@@ -194,8 +195,8 @@ def _flash_decode_partial_kernel(
 
         m_new = tl.maximum(m, tl.max(s, axis=1))
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_finite[:, None])
-        decay = tl.exp2(m - m_finite)
+        p = tl.exp2((s - m_finite[:, None]) * scale_log2)
+        decay = tl.exp2((m - m_finite) * scale_log2)
         total = total * decay + tl.sum(p, axis=1)
         m = m_new
 
@@ -212,7 +213,7 @@ def _flash_decode_partial_kernel(
     out = acc / total[:, None]
     if v_scale_ptr is not None:
         out *= 1.0 / P_RANGE
-    lse = (m + tl.log2(total)) * 0.6931471805599453
+    lse = m * scale + tl.log(total)
 
     n_heads = n_kv_heads * GROUP
     out_rows = ((batch * n_queries + query) * n_heads + head) * n_splits + split
@@ -343,7 +344,7 @@ def launch_flash_decode(
         n_kv_heads,
         n_pages,
         max_pages,
-        scale * LOG2_E,
+        scale,
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
@@ -423,6 +424,8 @@ def check_flash_decode(
         if index.dtype != torch.int32:
             raise bad_type(op, name, torch.int32, index.dtype)
 
+    if not 0.0 < scale < math.inf:
+        raise bad_value(op, "scale", "positive and finite", scale)
     if k_cache.dtype == torch.float8_e4m3fn and q.is_cuda and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(q.device)
         if capability < (8, 9):
@@ -440,6 +443,8 @@ def check_flash_decode(
             raise bad_value(op, name, list(k_cache.shape[:3]), list(cache_scale.shape))
         if cache_scale.dtype != torch.float32:
             raise bad_type(op, name, torch.float32, cache_scale.dtype)
+        if cache_scale.stride(2) != 1:
+            raise bad_value(op, name, "contiguous over tokens", f"strides {cache_scale.stride()}")
 
     for name, tensor in (
         ("k_cache", k_cache),

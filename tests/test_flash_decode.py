@@ -1,0 +1,443 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
+from torch import Tensor
+
+import glm4_kernels as gk
+from glm4_kernels.flash_decode import flash_decode_reference, launch_flash_decode
+from glm4_kernels.library import raise_device_errors
+
+GARBAGE_PAGE = 2**31 - 1
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@dataclass(frozen=True)
+class Problem:
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    scale: float
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @property
+    def args(self) -> tuple:
+        return tuple(vars(self).values())
+
+
+def problem(
+    lengths,
+    device,
+    *,
+    heads=(32, 2),
+    queries=None,
+    head_dim=64,
+    page_size=64,
+    dtype=torch.float16,
+    cache_dtype=None,
+) -> Problem:
+    """Random tokens in shuffled pages; whatever lies past a length is NaN, or a page that is not
+    there. `queries` None makes q [B, H, D]."""
+    n_heads, kv_heads = heads
+    used = [-(-n // page_size) for n in lengths]
+    n_pages = sum(used) + 1
+    table = torch.full((len(lengths), max(used) + 1), GARBAGE_PAGE, dtype=torch.int32)
+    shape = (n_pages, kv_heads, page_size, head_dim)
+    k, v = torch.full((2, *shape), math.nan)
+    pages = iter(torch.randperm(n_pages).tolist())
+    for b, length in enumerate(lengths):
+        for j in range(used[b]):
+            table[b, j] = page = next(pages)
+            live = min(length - j * page_size, page_size)
+            k[page, :, :live] = torch.randn(kv_heads, live, head_dim)
+            v[page, :, :live] = torch.randn(kv_heads, live, head_dim)
+
+    scales: dict[str, Tensor] = {}
+    if cache_dtype is not None:
+        limit = 127 if cache_dtype == torch.int8 else 448
+        k_scale, v_scale = (x.abs().amax(-1) / limit for x in (k, v))  # NaN past the lengths
+        k, v = (x / scale[..., None] for x, scale in ((k, k_scale), (v, v_scale)))
+        if cache_dtype == torch.int8:
+            k, v = k.round().nan_to_num(127), v.round().nan_to_num(127)
+        scales = {"k_scale": k_scale.to(device), "v_scale": v_scale.to(device)}
+    q_shape = (len(lengths), *([] if queries is None else [queries]), n_heads, head_dim)
+    return Problem(
+        torch.randn(q_shape).to(dtype).to(device),
+        k.to(cache_dtype or dtype).to(device),
+        v.to(cache_dtype or dtype).to(device),
+        table.to(device),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        1.5 / math.sqrt(head_dim),
+        **scales,
+    )
+
+
+def oracle(p: Problem) -> tuple[Tensor, Tensor]:
+    """fp64, one sequence, row and head at a time; the key list is walked token by token."""
+    rows = (p.q if p.q.dim() == 4 else p.q.unsqueeze(1)).double().cpu()
+    k_cache, v_cache = p.k_cache.cpu().double(), p.v_cache.cpu().double()
+    if p.k_scale is not None:
+        k_cache = k_cache * p.k_scale.cpu().double()[..., None]
+        v_cache = v_cache * p.v_scale.cpu().double()[..., None]
+    n_queries, n_heads = rows.shape[1:3]
+    kv_heads, page_size = k_cache.shape[1:3]
+    table = p.block_table.tolist()
+    out, lse = torch.zeros_like(rows), torch.full(rows.shape[:3], -math.inf).double()
+    for b, length in enumerate(p.seq_lens.tolist()):
+        for h in range(n_heads):
+            g = h * kv_heads // n_heads
+            tokens = [(table[b][t // page_size], g, t % page_size) for t in range(length)]
+            for i in range(n_queries):
+                visible = max(length - n_queries + i + 1, 0)
+                if visible == 0:
+                    continue
+                k = torch.stack([k_cache[token] for token in tokens[:visible]])
+                v = torch.stack([v_cache[token] for token in tokens[:visible]])
+                s = k @ rows[b, i, h] * p.scale
+                lse[b, i, h] = s.logsumexp(0)
+                out[b, i, h] = s.softmax(0) @ v
+    return out.view(p.q.shape), lse.view(p.q.shape[:-1])
+
+
+def assert_right(actual, p: Problem, truth=None) -> None:
+    (out, lse), (true_out, true_lse) = actual, truth or oracle(p)
+    reference_out, reference_lse = flash_decode_reference(*p.args)
+    assert_within_rule(out, reference_out, true_out)
+    assert lse.dtype == torch.float32
+    seen = true_lse > -math.inf
+    assert (lse.cpu()[~seen] == -math.inf).all()
+    # One row: where an lse is near zero, its error is that of the scores it sums.
+    assert_within_rule(lse.cpu()[seen], reference_lse.cpu()[seen], true_lse[seen])
+
+
+HEADS = [
+    (2, 2),  # no grouping: one row of 16
+    (6, 2),  # group 3
+    (12, 2),  # group 6: GLM-4-32B-Rumination
+    (32, 4),  # group 8: GLM-4-9B-Chat-1M
+    (12, 1),  # group 12, one KV head
+    (32, 2),  # group 16: GLM-4-9B
+    (48, 2),  # group 24: GLM-4-32B; a tile of 16 would straddle the KV heads
+    (96, 4),  # the same, twice
+    (32, 1),  # group 32: the limit
+]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_matches_reference(heads, head_dim, dtype, device):
+    p = problem([65, 0, 130], device, heads=heads, head_dim=head_dim, dtype=dtype)
+    assert_right(launch_flash_decode(*p.args, n_splits=2), p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("queries", [None, 4])
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn])
+def test_reference_matches_fp64(cache_dtype, queries, dtype):
+    p = problem(
+        [2, 100, 0], "cpu", heads=(6, 2), queries=queries, dtype=dtype, cache_dtype=cache_dtype
+    )
+    truth, true_lse = oracle(p)
+    out, lse = gk.flash_decode(*p.args, return_lse=True)
+    assert_bitwise_equal(out, gk.flash_decode(*p.args))
+    # One rounding to the dtype, and fp32 sums over 100 keys and 64 dims before it.
+    allowed = torch.finfo(dtype).eps / 2 + 100 * torch.finfo(torch.float32).eps
+    assert ((out - truth).abs() <= allowed * truth.abs().amax(-1, keepdim=True)).all()
+    torch.testing.assert_close(lse, true_lse.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_edges(dtype, device):
+    p = problem([0, 1, 63, 64, 65, 200], device, heads=(6, 2), dtype=dtype)
+    out, lse = launch_flash_decode(*p.args)
+    assert_right((out, lse), p)
+    assert (out[0] == 0).all() and (lse[0] == -math.inf).all()
+
+
+def test_nothing_to_do(device):
+    p = problem([3], device)
+    none = replace(p, q=p.q[:0], block_table=p.block_table[:0], seq_lens=p.seq_lens[:0])
+    assert [x.shape for x in launch_flash_decode(*none.args)] == [(0, 32, 64), (0, 32)]
+    no_pages = replace(p, block_table=p.block_table[:, :0], seq_lens=p.seq_lens * 0)
+    assert_right(launch_flash_decode(*no_pages.args), no_pages)
+
+
+QUERIES = [
+    (1, (6, 2)),  # as [B, 1, H, D]
+    (2, (6, 2)),
+    (3, (6, 2)),
+    (5, (6, 2)),
+    (7, (6, 2)),
+    (8, (6, 2)),
+    (4, (16, 1)),  # 64 rows
+    (8, (24, 1)),  # 192 rows: two tiles of 128, the second half empty
+]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("queries, heads", QUERIES, ids=str)
+def test_causal_queries(queries, heads, dtype, device):
+    # 2: fewer keys than queries. 66: some rows see into the second page, some do not.
+    p = problem([2, 66, 0], device, heads=heads, queries=queries, dtype=dtype)
+    assert_right(launch_flash_decode(*p.args), p)
+
+
+@pytest.mark.parametrize("n_splits", [1, 2, 3, 4, 5, 9])  # of 4, 2, 1 and no tiles
+@pytest.mark.parametrize("queries", [None, 3])
+def test_splits(queries, n_splits, device):
+    p = problem([200, 65, 1, 0], device, heads=(6, 2), queries=queries)
+    assert_right(launch_flash_decode(*p.args, n_splits=n_splits), p)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 128, 256])
+def test_page_sizes(page_size, device):
+    p = problem([page_size + 1, 2 * page_size, 7], device, heads=(6, 2), page_size=page_size)
+    assert_right(launch_flash_decode(*p.args), p)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, every second element of a wider tensor."""
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("layout", ["q strided", "q of qkv", "kv slices", "token-major", "indices"])
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+def test_layouts(layout, cache_dtype, device):
+    p = problem([65, 3], device, heads=(6, 2), queries=2, cache_dtype=cache_dtype)
+    if layout == "q strided":
+        p = replace(p, q=strided(p.q))
+    elif layout == "q of qkv":
+        p = replace(p, q=torch.cat([p.q, p.q], dim=2)[:, :, :6])
+    elif layout == "kv slices":
+        k, v = torch.stack([p.k_cache, p.v_cache], dim=1).unbind(1)
+        p = replace(p, k_cache=k, v_cache=v[:])
+        if cache_dtype is not None:
+            k_scale, v_scale = torch.stack([p.k_scale, p.v_scale], dim=1).unbind(1)
+            p = replace(p, k_scale=k_scale, v_scale=v_scale)
+    elif layout == "token-major":
+        p = replace(p, k_cache=p.k_cache.transpose(1, 2).contiguous().transpose(1, 2))
+    else:
+        p = replace(p, block_table=strided(p.block_table), seq_lens=strided(p.seq_lens))
+    assert_right(launch_flash_decode(*p.args), p)
+    assert_right(torch.ops.glm4_kernels.flash_decode(*p.args), p)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("queries", [None, 3])
+def test_int8_cache(queries, dtype, device):
+    p = problem([65, 0, 130], device, queries=queries, dtype=dtype, cache_dtype=torch.int8)
+    assert_right(launch_flash_decode(*p.args), p)
+
+
+def test_small_probabilities_survive_small_scales(device):
+    """One key takes nearly all the mass and has v = 0, so out is the rest: 199 keys of p = 2e-3
+    and v_scale = 1e-3, whose products are subnormal in fp16."""
+    p = problem([200], device, heads=(2, 2), cache_dtype=torch.int8)
+    p.q.copy_(torch.full_like(p.q, 0.125))
+    p.k_cache.fill_(0)
+    p.k_scale.fill_(1.0)
+    p.v_scale.fill_(1e-3)
+    page = p.block_table[0, 0]
+    p.k_cache[page, :, 5] = 1
+    p.v_cache[page, :, 5] = 0
+    p = replace(p, scale=math.log(500) / 8)
+    assert_right(launch_flash_decode(*p.args), p)
+
+
+@needs_gpu
+@pytest.mark.parametrize("queries", [None, 8])
+def test_fp8_cache(queries, device):
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("fp8 needs sm_89")
+    p = problem(
+        [65, 0, 130],
+        device,
+        queries=queries,
+        dtype=torch.bfloat16,
+        cache_dtype=torch.float8_e4m3fn,
+    )
+    assert_right(launch_flash_decode(*p.args), p)
+
+
+def test_deterministic(device):
+    p = problem([200, 65], device, heads=(6, 2))
+    first, again = (launch_flash_decode(*p.args, n_splits=3) for _ in range(2))
+    assert_bitwise_equal(first[0], again[0])
+    assert_bitwise_equal(first[1], again[1])
+
+
+def test_halves_merge_to_the_whole(device):
+    p = problem([200, 65, 64, 3], device, heads=(6, 2))
+    cut = 1  # page
+    head = replace(p, seq_lens=p.seq_lens.clamp(max=64 * cut))
+    tail = replace(
+        p, seq_lens=(p.seq_lens - 64 * cut).clamp(min=0), block_table=p.block_table[:, cut:]
+    )
+    a, b = launch_flash_decode(*head.args), launch_flash_decode(*tail.args)
+    out, lse = gk.merge_attention(*a, *b)
+    truth, true_lse = oracle(p)
+    # Each half is rounded to fp16 before the merge rounds again.
+    assert ((out.cpu() - truth).abs() <= 3 * 2**-11 * truth.abs().amax(-1, keepdim=True)).all()
+    torch.testing.assert_close(lse.cpu(), true_lse.float(), rtol=1e-5, atol=1e-5)
+
+
+def with_entry(x: Tensor, index, value) -> Tensor:
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+def test_bad_indices_are_left_out_and_reported(device):
+    """What a CUDA tensor cannot check at the door: the kernel treats a bad length as 0 and leaves
+    out the keys of a page that is not there."""
+    p = problem([70, 130, 3], device, heads=(6, 2))
+    raise_device_errors(device)  # nothing yet, so nothing raises
+    for bad_length in (-1, 2**31 - 1, p.block_table.shape[1] * 64 + 1):
+        bad = replace(p, seq_lens=with_entry(p.seq_lens, 1, bad_length))
+        result = launch_flash_decode(*bad.args)
+        assert_right(result, replace(p, seq_lens=with_entry(p.seq_lens, 1, 0)))
+        with pytest.raises(IndexError, match=r"flash_decode: .* page id or length"):
+            raise_device_errors(device)
+    for bad_page in (-1, p.k_cache.shape[0], GARBAGE_PAGE):
+        bad = replace(p, block_table=with_entry(p.block_table, (1, 2), bad_page))
+        result = launch_flash_decode(*bad.args)
+        assert_right(result, replace(p, seq_lens=with_entry(p.seq_lens, 1, 128)))
+        with pytest.raises(IndexError, match=r"flash_decode: .* page id or length"):
+            raise_device_errors(device)
+    raise_device_errors(device)  # the flag was cleared
+
+
+@needs_gpu
+def test_one_graph_serves_every_length(device):
+    p = problem([200, 65, 3], device, dtype=torch.bfloat16)
+    launch_flash_decode(*p.args)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = launch_flash_decode(*p.args)
+    for lengths in ([200, 65, 3], [1, 64, 0], [130, 0, 2]):
+        p.seq_lens.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert_right(result, p)
+
+
+@needs_gpu
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+def test_long_context(cache_dtype, device):
+    length = 128 * 1024 + 17
+    p = problem([length, 5], device, dtype=torch.bfloat16, cache_dtype=cache_dtype, head_dim=128)
+    double = {
+        name: x.double() for name, x in vars(p).items() if name in ("q", "k_cache", "v_cache")
+    }
+    truth = flash_decode_reference(*replace(p, **double).args)
+    assert_right(launch_flash_decode(*p.args), p, tuple(x.cpu() for x in truth))
+
+
+@needs_gpu
+def test_pages_past_two_to_the_31(device):
+    """The one live page starts 2^31 elements into the cache, which serves as K and V."""
+    small = problem([64], device, dtype=torch.bfloat16, head_dim=128)
+    small = replace(small, v_cache=small.k_cache)
+    n_pages = 2**31 // small.k_cache[0].numel() + 1
+    cache = torch.empty((n_pages, *small.k_cache.shape[1:]), dtype=torch.bfloat16, device=device)
+    cache[-1] = small.k_cache[small.block_table[0, 0]]
+    table = torch.full_like(small.block_table, n_pages - 1)
+    big = replace(small, k_cache=cache, v_cache=cache, block_table=table)
+    assert_right(launch_flash_decode(*big.args), small)
+
+
+@pytest.mark.parametrize(
+    "message, argument, index, value",
+    [
+        (r"seq_lens must be in 0\.\.128, got -1", "seq_lens", 0, -1),
+        (r"seq_lens must be in 0\.\.128, got 129", "seq_lens", 0, 129),
+        (r"block_table must be page ids in 0\.\.1 .*, got 2", "block_table", (0, 0), 2),
+        (r"block_table must be page ids in 0\.\.1 .*, got -1", "block_table", (0, 0), -1),
+    ],
+)
+def test_rejects_values(message, argument, index, value):
+    p = problem([5], "cpu")  # one page, one spare; one entry, one garbage entry
+    gk.flash_decode(*p.args)
+    bad = replace(p, **{argument: with_entry(getattr(p, argument), index, value)})
+    with pytest.raises(ValueError, match=f"^flash_decode: {message}"):
+        gk.flash_decode(*bad.args)
+
+
+def cache(*shape, dtype=torch.float32, device="cpu") -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (ValueError, r"q must be \[B, H, D\] or \[B, Q, H, D\]", {"q": cache(4, 64)}),
+        (TypeError, r"q must be float32, bfloat16 or", {"q": cache(1, 4, 64, dtype=torch.int8)}),
+        (ValueError, r"q must be .* D one of \(64, 128\)", {"q": cache(1, 4, 96)}),
+        (ValueError, r"q must be .* 1 <= Q <= 8", {"q": cache(1, 9, 4, 64)}),
+        (ValueError, r"q must be .* 1 to 32 times the 2", {"q": cache(1, 3, 64)}),
+        (ValueError, r"q must be .* 1 to 32 times the 2", {"q": cache(1, 66, 64)}),
+        (ValueError, r"k_cache must be \[n_pages, G, pag", {"k_cache": cache(3, 2, 64)}),
+        (ValueError, r"k_cache must be .* 64\], got", {"k_cache": cache(3, 2, 64, 128)}),
+        (ValueError, r"k_cache must be pages of a power", {"k_cache": cache(3, 2, 48, 64)}),
+        (ValueError, r"k_cache must be pages of .* 16 tok", {"k_cache": cache(3, 2, 8, 64)}),
+        (
+            TypeError,
+            r"k_cache must be torch.float32, int8",
+            {"k_cache": cache(3, 2, 64, 64).half()},
+        ),
+        (ValueError, r"k_cache must be contiguous", {"k_cache": strided(cache(3, 2, 64, 64))}),
+        (ValueError, r"v_cache must be contiguous", {"v_cache": strided(cache(3, 2, 64, 64))}),
+        (ValueError, r"v_cache must be \[3, 2, 64, 64\]", {"v_cache": cache(2, 2, 64, 64)}),
+        (TypeError, r"v_cache must be torch.float32", {"v_cache": cache(3, 2, 64, 64).half()}),
+        (ValueError, r"v_cache must be on cpu", {"v_cache": cache(3, 2, 64, 64, device="meta")}),
+        (ValueError, r"block_table must be \[1, max_p", {"block_table": cache(2, 2).int()}),
+        (TypeError, r"block_table must be torch.int32", {"block_table": cache(1, 2).long()}),
+        (
+            ValueError,
+            r"block_table must be .* < 2\^31",
+            {"block_table": cache(1, 1).int().expand(1, 2**25)},
+        ),
+        (ValueError, r"seq_lens must be \[1\]", {"seq_lens": cache(2).int()}),
+        (TypeError, r"seq_lens must be torch.int32", {"seq_lens": cache(1).long()}),
+        (ValueError, r"scale must be positive", {"scale": math.nan}),
+        (ValueError, r"k_scale must be None with", {"k_scale": cache(3, 2, 64)}),
+        (ValueError, r"k_scale must be given with", {"quantized": True, "k_scale": None}),
+        (ValueError, r"v_scale must be given with", {"quantized": True, "v_scale": None}),
+        (ValueError, r"v_scale must be \[3, 2, 64\]", {"quantized": True, "v_scale": cache(3, 2)}),
+        (
+            TypeError,
+            r"v_scale must be torch.float32",
+            {"quantized": True, "v_scale": cache(3, 2, 64).half()},
+        ),
+        (
+            ValueError,
+            r"v_scale must be contiguous",
+            {"quantized": True, "v_scale": strided(cache(3, 2, 64))},
+        ),
+        (RuntimeError, r"q requires grad", {"q": cache(1, 4, 64).requires_grad_()}),
+    ],
+)
+def test_rejects(error, message, change):
+    quantized = change.pop("quantized", False)
+    pages = cache(3, 2, 64, 64, dtype=torch.int8 if quantized else torch.float32)
+    scales = cache(3, 2, 64) if quantized else None
+    arguments = {
+        "q": cache(1, 4, 64),
+        "k_cache": pages,
+        "v_cache": pages,
+        "block_table": cache(1, 2).int(),
+        "seq_lens": cache(1).int(),
+        "scale": 0.125,
+        "k_scale": scales,
+        "v_scale": scales,
+    }
+    gk.flash_decode(**arguments)
+    with pytest.raises(error, match=f"^flash_decode: {message}"):
+        gk.flash_decode(**(arguments | change))
