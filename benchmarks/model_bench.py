@@ -50,7 +50,7 @@ class Plan:
 PLANS = {
     "cuda": (Plan("glm-4-9b-chat"),),
     "cpu": (
-        Plan("demo", None, (1, 8), (256,), 64, 64, (1, 8), 20),
+        Plan("demo", None, (1, 8), (256,), 64, 32, (1, 8), 20),
         Plan("glm-4-9b-chat", 4, (1, 8), (1024,), 128, 8, (1,), 5),
     ),
 }

@@ -227,7 +227,9 @@ def plot(root: Path) -> list[Path]:
             bars = [bar(op, who) for op in ops]
             places = [i + offset for i in range(len(ops))]
             axes.barh(places, bars, 0.38, label=who)
-        axes.set_yticks(range(len(ops)), [f"{op['op']}: {op['label']}" for op in ops], fontsize=7)
+        cached = {True: " (in cache)", False: ""}
+        names = [f"{op['op']}: {op['label']}{cached[op['in_cache']]}" for op in ops]
+        axes.set_yticks(range(len(ops)), names, fontsize=7)
         axes.invert_yaxis()
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.set_xlabel("share of the ceiling measured in the same run")
