@@ -47,6 +47,7 @@ from glm4_kernels.ahead_of_time import (  # noqa: E402
     figures,
 )
 from glm4_kernels.flash_decode import launch_flash_decode  # noqa: E402
+from glm4_kernels.merge_attention import launch_merge_attention  # noqa: E402
 from glm4_kernels.rms_norm import launch_rms_norm  # noqa: E402
 from glm4_kernels.rope import launch_rope  # noqa: E402
 from glm4_kernels.rope_kv_write import launch_rope_kv_write  # noqa: E402
@@ -100,6 +101,7 @@ def cases() -> Iterator[Case]:
     for model in ATTENTION_MODELS:
         for table_dtype in (BF16, torch.float32):
             yield from rope_cases(model, table_dtype)
+        yield from merge_attention_cases(model)
         for cache_dtype in (BF16, INT8, FP8):
             yield from rope_kv_write_cases(model, BF16, cache_dtype)
             yield from flash_decode_cases(model, BF16, cache_dtype)
@@ -174,6 +176,19 @@ def flash_decode_cases(model: str, dtype: torch.dtype, cache_dtype: torch.dtype)
             ),
             everywhere=model in EVERYWHERE and context == CONTEXT and dtype == BF16,
             min_capability=89 if cache_dtype == FP8 else 80,
+        )
+
+
+def merge_attention_cases(model: str) -> Iterator[Case]:
+    shape = SHAPES[model]
+    for length, n_tokens in TOKENS.items():
+        out = meta(n_tokens, shape.heads, shape.head_dim)
+        lse = meta(n_tokens, shape.heads, dtype=torch.float32)
+        yield Case(
+            "merge_attention",
+            f"{model}, {length}, bfloat16",
+            partial(launch_merge_attention, out, lse, out, lse),
+            everywhere=model in EVERYWHERE,
         )
 
 
