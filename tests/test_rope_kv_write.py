@@ -221,18 +221,22 @@ def test_edges(device):
 
 
 def test_int8_rounds_half_to_even(device):
-    """Values of v against a known scale of 1 (amax 127), of 0, and one that underflows to 0."""
-    problem = Problem((3, 1, 1, 4, 16, 2), torch.float32, device, cache_dtype=INT8, bias=False)
-    v = torch.zeros(3, 16)
+    """Rows of v whose scale is 1, 0, underflows to 0, and is rounded down to the least value."""
+    least = 2.0**-149
+    problem = Problem((4, 1, 1, 4, 16, 2), torch.float32, device, cache_dtype=INT8, bias=False)
+    v = torch.zeros(4, 16)
     v[0, :8] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 126.5])
-    v[2, :2] = torch.tensor([2.0**-149 * 60, -(2.0**-149) * 40])
+    v[2, :2] = torch.tensor([60 * least, -40 * least])
+    v[3, :2] = torch.tensor([190 * least, -40 * least])  # 190 / 127 rounds to 1: 190 must not wrap
     problem["qkv"][:, 32:] = v.to(device)
-    problem.arguments["slots"] = torch.tensor([0, 1, 2], device=device)
+    problem.arguments["slots"] = torch.arange(4, device=device)
     written = check(problem)
-    expected = torch.zeros(3, 16, dtype=INT8)
+    expected = torch.zeros(4, 16, dtype=INT8)
     expected[0, :8] = torch.tensor([127, 0, 2, 2, 0, -2, -126, 126], dtype=INT8)
-    assert_bitwise_equal(written["v_cache"][0, 0, :3], expected.to(device))
-    assert_bitwise_equal(written["v_scale"][0, 0, :3], torch.tensor([1.0, 0, 0], device=device))
+    expected[3, :2] = torch.tensor([127, -40], dtype=INT8)
+    assert_bitwise_equal(written["v_cache"][0, 0], expected.to(device))
+    scale = torch.tensor([1.0, 0.0, 0.0, least], device=device)
+    assert_bitwise_equal(written["v_scale"][0, 0], scale)
 
 
 @pytest.mark.parametrize("cache_dtype, error", [(INT8, 0.5 / 127), (FP8, 2.0**-4)], ids=str)
