@@ -49,6 +49,16 @@ class Case:
     tolerance: float  # largest relative L2 error admitted, for the dtype used
 
 
+def torch_peers(
+    function: Callable[..., Any], device: torch.device
+) -> dict[str, Callable[..., Any]]:
+    """What PyTorch makes of plain code: as it is, and on CUDA compiled for each shape."""
+    if device.type != "cuda":
+        return {"torch eager": function}
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+    return {"torch eager": function, "torch.compile": compiled}
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long a case is timed: at least `rounds` rounds, then until `seconds` are over."""
@@ -241,14 +251,22 @@ def capture_all(
 
 
 def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | str:
-    """A CUDA graph of one call that has run before, or why there cannot be one."""
+    """A CUDA graph of a call that has run before, or why there cannot be one.
+
+    A dry run looks for synchronising calls first: a capture that fails half-way leaves torch's
+    random numbers and allocator unusable.
+    """
     graph = torch.cuda.CUDAGraph()
     try:
+        torch.cuda.set_sync_debug_mode("error")
+        call()
+        torch.cuda.set_sync_debug_mode("default")
         with torch.cuda.graph(graph):
             call()
     except Exception as error:
-        torch.cuda.synchronize()
         return f"no graph: {one_line(error)}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     return graph
 
 

@@ -67,6 +67,7 @@ def measure_model(
         "model": plan.model,
         "layers": config.layers,
         "all_layers": plan.model == "demo" or config.layers == glm4.PRESETS[plan.model].layers,
+        "weights": "trained" if plan.model == "demo" else "random",
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": config.parameters,
         "decode": [],

@@ -6,7 +6,7 @@ python -m benchmarks report benchmarks/results --readme README.md [--check]
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,14 @@ PLOT = "share.svg"
 Result = dict[str, Any]
 
 
-def duration(us: float) -> str:
-    return f"{us:.1f} µs" if us < 1000 else f"{us / 1000:.2f} ms"
+CACHED = "* the input sets fit in a cache, whose ceiling is another"
+
+
+def duration(timing: Result) -> str:
+    """The median, and half the way from p20 to p80 as a share of it."""
+    us = timing["us"]
+    spread = (timing["p80_us"] - timing["p20_us"]) / 2 / us
+    return (f"{us:.1f} µs" if us < 1000 else f"{us / 1000:.2f} ms") + f" ±{spread:.0%}"
 
 
 def rate(op: Result, timing: Result) -> str:
@@ -29,8 +35,7 @@ def rate(op: Result, timing: Result) -> str:
 
 
 def share(op: Result, timing: Result) -> str:
-    """Share of the ceiling; marked where the data lay in a cache, whose ceiling is another."""
-    return f"{timing['share']:.0%}" + (" (in cache)" if op["in_cache"] else "")
+    return f"{timing['share']:.0%}" + ("*" if op["in_cache"] else "")
 
 
 def speedup(op: Result) -> str:
@@ -43,23 +48,23 @@ def op_table(results: list[Result]) -> Table:
     """Everybody's times in the cases of one op, for the terminal."""
     table = Table(title=results[0]["op"], title_justify="left", caption_justify="left")
     graph = any("graph" in c for op in results for c in op["contenders"])
-    for name in ("case", "who", "eager", "p20-p80", *(["in a graph"] if graph else [])):
-        table.add_column(name, justify="left" if name in ("case", "who") else "right")
-    for name in ("rate", "of ceiling", "speed against best peer"):
+    for name in ("case", "who"):
+        table.add_column(name)
+    for name in ("eager", *(["in a graph"] if graph else []), "rate", "of ceiling", "vs best peer"):
         table.add_column(name, justify="right")
-    notes: list[str] = []
+    notes = [CACHED] if any(op["in_cache"] for op in results) else []
     for op in results:
         for i, contender in enumerate(op["contenders"]):
             row = [op["label"] if i == 0 else "", contender["name"]]
-            eager, best = contender.get("eager"), contender.get("graph", contender.get("eager"))
             if "note" in contender:
                 notes.append(f"{op['label']}, {contender['name']}: {contender['note']}")
-            if eager is None:
+            if "eager" not in contender:
                 table.add_row(*row, f"[red]{contender['status']}")
                 continue
-            row += [duration(eager["us"]), f"{eager['p20_us']:.1f}-{eager['p80_us']:.1f}"]
+            row.append(duration(contender["eager"]))
             if graph:
-                row.append(duration(best["us"]) if "graph" in contender else "none")
+                row.append(duration(contender["graph"]) if "graph" in contender else "none")
+            best = contender.get("graph", contender["eager"])
             row += [rate(op, best), share(op, best), speedup(op) if i == 0 else ""]
             table.add_row(*row, style="bold" if i == 0 else "")
         table.add_section()
@@ -67,49 +72,37 @@ def op_table(results: list[Result]) -> Table:
     return table
 
 
+MODEL_COLUMNS = ("what", "batch", "tokens", "tokens/s", "of roofline", "first token", "peak")
+
+
 def model_table(model: Result) -> Table:
-    table = Table(*DECODE_COLUMNS, title=model_name(model), title_justify="left")
-    for row in decode_rows(model):
+    table = Table(*MODEL_COLUMNS, title=model_name(model), title_justify="left")
+    for row in model_rows(model):
         table.add_row(*row)
-    for row in generate_rows(model):
-        table.add_row(*row)
-    for reason in model["skipped"]:
-        table.add_row(f"[yellow]skipped: {reason}")
+    table.caption = "\n".join(f"skipped: {reason}" for reason in model["skipped"])
     return table
 
 
 def model_name(model: Result) -> str:
     layers = "" if model["all_layers"] else f", {model['layers']} layers only"
-    return f"{model['model']}{layers}, {model['dtype']}"
+    return f"{model['model']}{layers}, {model['dtype']}, {model['weights']} weights"
 
 
-DECODE_COLUMNS = ("what", "batch", "tokens", "tokens/s", "of the bytes roofline", "first token")
-
-
-def decode_rows(model: Result) -> Iterable[tuple[str, ...]]:
+def model_rows(model: Result) -> Iterator[tuple[str, ...]]:
     for row in model["decode"]:
-        for mode in ("graph", "eager"):
+        for mode, name in (("graph", "decode step in a CUDA graph"), ("eager", "decode step")):
             if mode in row:
-                yield (
-                    "decode step" + (", CUDA graph" if mode == "graph" else ""),
-                    str(row["batch"]),
-                    f"{row['context']:,} in the cache",
-                    f"{row[mode]['tokens_per_s']:.1f}",
-                    f"{row[mode]['share']:.0%}",
-                    "",
-                )
-
-
-def generate_rows(model: Result) -> Iterable[tuple[str, ...]]:
+                tokens = f"{row['context']:,} cached"
+                speed, share = f"{row[mode]['tokens_per_s']:.1f}", f"{row[mode]['share']:.0%}"
+                yield name, str(row["batch"]), tokens, speed, share, "", peak(row)
     for row in model["generate"]:
-        yield (
-            f"generate, {row['engine']}",
-            str(row["batch"]),
-            f"{row['prompt']:,} + {row['new_tokens']:,}",
-            f"{row['tokens_per_s']:.1f}",
-            "",
-            f"{row['first_token_ms']:.0f} ms",
-        )
+        tokens = f"{row['prompt']:,} + {row['new_tokens']:,}"
+        speed, first = f"{row['tokens_per_s']:.1f}", f"{row['first_token_ms']:.0f} ms"
+        yield f"generate, {row['engine']}", str(row["batch"]), tokens, speed, "", first, peak(row)
+
+
+def peak(row: Result) -> str:
+    return "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f} GiB"
 
 
 def load_results(root: Path) -> dict[str, list[Result]]:
@@ -138,15 +131,14 @@ def markdown(root: Path, readme: Path) -> str:
         models = [model for result in results for model in result.get("models", ())]
         parts.append(f"### {results[0]['provenance']['device']}\n\n{origin(results)}")
         for model in models:
-            rows = [*decode_rows(model), *generate_rows(model)]
-            parts.append(
-                f"**{model_name(model)}**, random weights\n\n{pipes(DECODE_COLUMNS, rows)}"
-            )
+            parts.append(f"**{model_name(model)}**\n\n{pipes(MODEL_COLUMNS, model_rows(model))}")
         if ops:
-            columns = ("op", "case", "time", "rate", "of ceiling", "speed against best peer")
+            columns = ("op", "case", "time", "rate", "of ceiling", "vs best peer")
             summary = f"{len(ops)} cases of {len({op['op'] for op in ops})} ops"
             table = pipes(columns, map(op_row, ops))
-            parts.append(f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>")
+            parts.append(
+                f"<details><summary>{summary}</summary>\n\n{table}\n\n\\{CACHED}\n\n</details>"
+            )
         plot = root / folder / PLOT
         if plot.exists():
             link = Path(plot.resolve()).relative_to(readme.resolve().parent).as_posix()
@@ -164,7 +156,7 @@ def op_row(op: Result) -> tuple[str, ...]:
     return (
         op["op"],
         op["label"],
-        duration(timing["us"]) + where,
+        duration(timing) + where,
         rate(op, timing),
         share(op, timing),
         speedup(op),
@@ -172,7 +164,7 @@ def op_row(op: Result) -> tuple[str, ...]:
 
 
 def origin(results: list[Result]) -> str:
-    """One paragraph: versions, commits, dates, ceilings."""
+    """One paragraph: versions, commits, dates, ceilings, tests, what failed."""
     versions = results[0]["provenance"]["versions"]
     packages = [f"{name} {version}" for name, version in versions.items() if version]
     sources = sorted(
@@ -190,6 +182,12 @@ def origin(results: list[Result]) -> str:
             f"Ceilings in the same run: copy {c['copy'] / 1e9:,.0f} GB/s (read + write), read "
             f"{c['read'] / 1e9:,.0f} GB/s, bf16 matmul {c['matmul'] / 1e12:.3g} TFLOP/s."
         )
+    for result in results:
+        if "tests" in result:
+            counts = (f"{n} {outcome}" for outcome, n in result["tests"].items() if n)
+            lines.append(f"Tests on this device: {', '.join(counts)}.")
+        if result.get("error"):
+            lines.append(f"Stage {result['stage']} failed: {result['error']}.")
     return " ".join(lines)
 
 
@@ -227,12 +225,11 @@ def plot(root: Path) -> list[Path]:
             bars = [bar(op, who) for op in ops]
             places = [i + offset for i in range(len(ops))]
             axes.barh(places, bars, 0.38, label=who)
-        cached = {True: " (in cache)", False: ""}
-        names = [f"{op['op']}: {op['label']}{cached[op['in_cache']]}" for op in ops]
+        names = [f"{op['op']}: {op['label']}{'*' * op['in_cache']}" for op in ops]
         axes.set_yticks(range(len(ops)), names, fontsize=7)
         axes.invert_yaxis()
         axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_xlabel("share of the ceiling measured in the same run")
+        axes.set_xlabel(f"share of the ceiling measured in the same run\n{CACHED}")
         axes.legend()
         figure.tight_layout()
         written.append(root / folder / PLOT)

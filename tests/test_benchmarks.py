@@ -115,6 +115,20 @@ def test_sets_rotate_and_exceed_the_cache():
     assert len(seen) >= 6
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_is_timed_twice(device):
+    case = replace(
+        doubling(waits=lambda x: 2 * x if x.sum().isfinite().item() else x),
+        inputs=lambda: (torch.randn(1000, device=device),),
+    )
+    result = run_case(case, device, measure_ceilings(device, quick=True), quick=True)
+    ours, waits = result["contenders"]
+    assert ours["eager"]["us"] > 0 and ours["graph"]["us"] > 0
+    assert waits["eager"]["us"] > 0 and "graph" not in waits
+    assert waits["note"].startswith("no graph: ") and result["compared_in"] == "eager"
+    assert torch.randn(3, device=device).isfinite().all(), "a refused capture harms nothing"
+
+
 def test_contenders_take_turns():
     order = []
 
@@ -293,7 +307,12 @@ def report_on(repository, *more: str) -> int:
 def test_report_writes_the_tables(committed):
     text = (committed / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    for expected in (ORIGIN["device"], "| double | 1,000 values |", "x peer |", "tiny, bfloat16"):
+    for expected in (
+        ORIGIN["device"],
+        "| double | 1,000 values |",
+        "x peer |",
+        "tiny, bfloat16, random weights",
+    ):
         assert expected in text
     assert report_on(committed, "--check") == 0
 
