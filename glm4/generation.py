@@ -37,19 +37,18 @@ PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
 
 
 def generate(
-    model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
+    model: Model, prompts: Iterable[Sequence[int]], max_new_tokens: int, **options: Any
 ) -> list[list[int]]:
     """The new tokens of each prompt, a stop token included; arguments and errors as `stream`."""
-    tokens = stream(model, prompts, max_new_tokens, **options)
-    texts: list[list[int]] = [[] for _ in prompts]
-    for index, token in tokens:
-        texts[index].append(token)
-    return texts
+    texts: dict[int, list[int]] = {}  # in the order of the prompts, since they start in it
+    for index, token in stream(model, prompts, max_new_tokens, **options):
+        texts.setdefault(index, []).append(token)
+    return list(texts.values())
 
 
 def stream(
     model: Model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Iterable[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -248,7 +247,7 @@ class _Engine:
                 index, prompt = waiting.popleft()
                 pages = [free.pop() for _ in range(needs[index])]
                 sequence = _Sequence(index, pages, self.max_new_tokens)
-                row = self.new_row(index, prompt, pages + [0] * (max(needs) - len(pages)))
+                row = self.new_row(index, prompt, pages + [-1] * (max(needs) - len(pages)))
                 token = int(self.choose(row, self.prefill(row, prompt)))
                 raise_device_errors(self.model.device)
                 yield self.take(sequence, token)

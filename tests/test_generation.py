@@ -17,6 +17,7 @@ from glm4 import generation
 from glm4.cache import PAGE_SIZE
 from glm4.generation import generate, stream
 from glm4.model import Config, Model
+from glm4.sampling import Sampling
 
 VOCAB = 61
 STOP = 7
@@ -43,6 +44,7 @@ class PagedHash:
 
     def forward(self, step, cache):
         self.passes.append(len(step.tokens))
+        assert step.slots.min() >= 0, "writes past the pages of a sequence"
         assert len(set(step.slots.tolist())) == len(step.slots), "two rows write the same slot"
         cache[step.slots] = step.tokens
         lens = step.query_lens or (1,) * len(step.tokens)
@@ -126,6 +128,25 @@ def test_queue(model, limit):
 
 
 @pytest.mark.usefixtures("steps_ahead")
+def test_max_batch(model):
+    prompts = make_prompts([20] * 5)
+    generate(model, prompts, 8, stop_token_ids=(), n_pages=100, max_batch=3)
+    assert set(model.passes) == {20, 3, 2}  # prefills, three at a time, then the last two
+
+
+@pytest.mark.usefixtures("steps_ahead")
+def test_no_step_runs_past_a_full_page(model):
+    """The second sequence fills its page to the last slot while the third has more to come."""
+    first, second, third = make_prompts([30, PAGE_SIZE - 19, 30])
+    texts = [model.expected(prompt, 20, stops=()) for prompt in (first, second, third)]
+    stop = next(token for token in texts[0] if token not in texts[1] + texts[2])
+    options = {"stop_token_ids": [stop], "max_batch": 2}
+    texts[0] = texts[0][: texts[0].index(stop) + 1]
+    assert generate(model, [first, second, third], 20, **options) == texts
+    assert 1 < len(texts[0]) < 15
+
+
+@pytest.mark.usefixtures("steps_ahead")
 def test_stops(model):
     prompt = RAGGED[1]
     free = model.expected(prompt, 30, stops=())
@@ -140,6 +161,12 @@ def test_the_context_can_be_filled(model):
     prompt = make_prompts([MAX_POSITIONS - 5])[0]
     assert generate(model, [prompt], 5) == [model.expected(prompt, 5)]
     assert generate(model, [], 5) == []
+
+
+def test_prompts_of_other_types(model):
+    expected = [model.expected(prompt, 5) for prompt in RAGGED]
+    assert generate(model, iter(RAGGED), 5) == expected
+    assert generate(model, tuple(torch.tensor(prompt) for prompt in RAGGED), 5) == expected
 
 
 def test_a_consumer_may_stop_early(model):
@@ -159,6 +186,18 @@ def test_a_sample_does_not_depend_on_its_neighbours(model):
     assert generate(model, RAGGED, 12, seed=1000, **options) != together
     twice = generate(model, [RAGGED[0]] * 2, 12, seed=3, **options)
     assert twice[0] != twice[1], "equal prompts must not get equal samples"
+
+
+@pytest.mark.usefixtures("steps_ahead")
+def test_each_token_has_its_own_number(model):
+    sampling = Sampling(temperature=1.0, seed=4)
+    uniforms = sampling.uniforms(0, 20, model.device)
+    text = list(RAGGED[0])
+    for i in range(20):
+        logits = model.logits(model.hash(text))[None]
+        text += sampling.choose(logits, uniforms[:, i], torch.empty(1, 0)).tolist()
+    options = {"temperature": 1.0, "seed": 4, "stop_token_ids": ()}
+    assert generate(model, RAGGED[:1], 20, **options) == [text[1:]]
 
 
 @pytest.mark.usefixtures("steps_ahead")
