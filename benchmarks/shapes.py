@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Tokens of a decode step, and of a prefill that leaves every cache, by type of device.
+TOKENS = {"cuda": (1, 8, 64, 8192), "cpu": (1, 8, 64, 512)}
+
 
 @dataclass(frozen=True)
 class ModelShape:
