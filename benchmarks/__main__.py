@@ -17,7 +17,7 @@ from benchmarks.harness import discover, run_cases
 from benchmarks.model_bench import PLANS, QUICK_PLAN, measure_model
 from benchmarks.provenance import PEERS, provenance, write_json
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def parser() -> argparse.ArgumentParser:

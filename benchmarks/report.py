@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -18,6 +19,11 @@ PLOT = "share.svg"
 Result = dict[str, Any]
 
 
+STYLE: dict[str, Any] = {
+    "box": box.SIMPLE_HEAD,
+    "title_justify": "left",
+    "caption_justify": "left",
+}
 CACHED = "* the input sets fit in a cache, whose ceiling is another"
 
 
@@ -46,7 +52,7 @@ def speedup(op: Result) -> str:
 
 def op_table(results: list[Result]) -> Table:
     """Everybody's times in the cases of one op, for the terminal."""
-    table = Table(title=results[0]["op"], title_justify="left", caption_justify="left")
+    table = Table(title=results[0]["op"], **STYLE)
     graph = any("graph" in c for op in results for c in op["contenders"])
     for name in ("case", "who"):
         table.add_column(name)
@@ -76,7 +82,7 @@ MODEL_COLUMNS = ("what", "batch", "tokens", "tokens/s", "of roofline", "first to
 
 
 def model_table(model: Result) -> Table:
-    table = Table(*MODEL_COLUMNS, title=model_name(model), title_justify="left")
+    table = Table(*MODEL_COLUMNS, title=model_name(model), **STYLE)
     for row in model_rows(model):
         table.add_row(*row)
     table.caption = "\n".join(f"skipped: {reason}" for reason in model["skipped"])
