@@ -50,8 +50,8 @@ class Plan:
 PLANS = {
     "cuda": (Plan("glm-4-9b-chat"),),
     "cpu": (
-        Plan("demo", None, (1, 8), (256,), 64, 32, (1, 8), 20),
-        Plan("glm-4-9b-chat", 4, (1, 8), (1024,), 128, 8, (1,), 5),
+        Plan("demo", None, (1, 8, 64), (256,), 64, 32, (1, 8), 20),
+        Plan("glm-4-9b-chat", 4, (1, 8, 64), (1024,), 128, 8, (1,), 5),
     ),
 }
 QUICK_PLAN = Plan("demo", None, (1, 2), (64,), 8, 3, (1, 2), 1)
