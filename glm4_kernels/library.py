@@ -131,7 +131,8 @@ def register_op(
 @functools.cache
 def error_flags(device: torch.device) -> Tensor:
     """int32 [len(DEVICE_CHECKED)], zero until a kernel on `device` met an index out of range."""
-    return torch.zeros(len(DEVICE_CHECKED), dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # an inference tensor could not be reset outside that mode
+        return torch.zeros(len(DEVICE_CHECKED), dtype=torch.int32, device=device)
 
 
 def raise_device_errors(device: torch.device | str) -> None:

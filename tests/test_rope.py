@@ -5,7 +5,7 @@ import torch
 from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
 
 import glm4_kernels as gk
-from glm4_kernels.library import raise_device_errors
+from glm4_kernels.library import error_flags, raise_device_errors
 from glm4_kernels.rope import head_block, launch_rope, rope_reference
 
 MAX_POSITIONS = 40
@@ -132,6 +132,15 @@ def test_masks_a_bad_position(position, device):
     with pytest.raises(IndexError, match=r"^rope: a position"):
         raise_device_errors(device)
     raise_device_errors(device)
+
+
+def test_error_flag_outlives_inference_mode(device):
+    q, k, positions, table = inputs((1, 1, 1, 32, 16), torch.float32, torch.float32, device)
+    error_flags.cache_clear()  # the first launch of the process makes the flags
+    with torch.inference_mode():
+        launch_rope(q, k, positions - MAX_POSITIONS, table)
+    with pytest.raises(IndexError):
+        raise_device_errors(device)
 
 
 def test_large_head_blocks(monkeypatch, device):
