@@ -134,13 +134,10 @@ def test_masks_a_bad_position(position, device):
     raise_device_errors(device)
 
 
-def test_error_flag_outlives_inference_mode(device):
-    q, k, positions, table = inputs((1, 1, 1, 32, 16), torch.float32, torch.float32, device)
-    error_flags.cache_clear()  # the first launch of the process makes the flags
-    with torch.inference_mode():
-        launch_rope(q, k, positions - MAX_POSITIONS, table)
-    with pytest.raises(IndexError):
-        raise_device_errors(device)
+def test_error_flags_outlive_inference_mode(device):
+    with torch.inference_mode():  # where the first launch of a process makes them
+        flags = error_flags.__wrapped__(device)
+    flags.zero_()  # as raise_device_errors does, outside
 
 
 def test_large_head_blocks(monkeypatch, device):
