@@ -46,11 +46,11 @@ GLM4_HOST_DEVICE int zero_point_at(const QuantizedWeight& w, int64_t group) {
     return w.zero_point ? w.zero_point[group] : 1 << (w.bits - 1);
 }
 
-// Weight i of a piece, unsigned.
+// Weight half * 16 + j of a piece, unsigned.
 template <int BITS>
-GLM4_HOST_DEVICE int weight_in_piece(const uint8_t* piece, int i) {
+GLM4_HOST_DEVICE int weight_in_piece(const uint8_t* piece, int half, int j) {
     static_assert(BITS == 4 || BITS == 8, "");
-    return BITS == 8 ? piece[i] : (piece[i % PIECE_BYTES] >> (i / PIECE_BYTES * 4)) & 15;
+    return BITS == 8 ? piece[j] : (piece[j] >> (4 * half)) & 15;
 }
 
 }  // namespace glm4

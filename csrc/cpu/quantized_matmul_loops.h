@@ -7,21 +7,16 @@
 
 namespace glm4 {
 
-template <int BITS>
-static void unpack(const uint8_t* packed, int64_t count, int zero_point, int16_t* u) {
-    (void)zero_point;  // integers take it off the whole sum instead
-    constexpr int WEIGHTS = PIECE_BYTES * 8 / BITS;
-    for (int64_t k = 0; k < count; k += WEIGHTS, packed += PIECE_BYTES) {
-        for (int i = 0; i < WEIGHTS; ++i) u[k + i] = int16_t(weight_in_piece<BITS>(packed, i));
-    }
-}
-
-template <int BITS>
-static void unpack(const uint8_t* packed, int64_t count, int zero_point, float* w) {
-    constexpr int WEIGHTS = PIECE_BYTES * 8 / BITS;
-    for (int64_t k = 0; k < count; k += WEIGHTS, packed += PIECE_BYTES) {
-        for (int i = 0; i < WEIGHTS; ++i) {
-            w[k + i] = float(weight_in_piece<BITS>(packed, i) - zero_point);
+// out[k] = u[k] - offset
+template <int BITS, typename Value>
+static void unpack(const uint8_t* packed, int64_t count, int offset, Value* out) {
+    for (int64_t k = 0; k < count; k += PIECE_BYTES * 8 / BITS, packed += PIECE_BYTES) {
+        for (int j = 0; j < 16; ++j) {
+            out[k + j] = Value(weight_in_piece<BITS>(packed, 0, j) - offset);
+        }
+        if (BITS == 8) continue;
+        for (int j = 0; j < 16; ++j) {
+            out[k + 16 + j] = Value(weight_in_piece<BITS>(packed, 1, j) - offset);
         }
     }
 }
@@ -38,17 +33,21 @@ static void multiply(const int16_t (*w)[MAX_CHUNK], const int16_t* x, int64_t co
     dot[0] = sum0, dot[1] = sum1, dot[2] = sum2, dot[3] = sum3;
 }
 
-// The same in fp32: eight running sums each, lane = k mod 8, added in one fixed order.
+// The same in fp32: eight running sums a row, lane = k mod 8, added in one fixed order.
 static void multiply(const float (*w)[MAX_CHUNK], const float* x, int64_t count, float* dot) {
-    constexpr int LANES = 8;
-    float sum[ROWS_PER_BLOCK][LANES] = {};
-    for (int64_t k = 0; k < count; k += LANES) {
+    typedef float Lanes __attribute__((vector_size(32)));
+    const auto load = [](Lanes* lanes, const float* from) { memcpy(lanes, from, sizeof(Lanes)); };
+    Lanes sum[ROWS_PER_BLOCK] = {};
+    for (int64_t k = 0; k < count; k += 8) {
+        Lanes xk, wk;
+        load(&xk, x + k);
         for (int r = 0; r < ROWS_PER_BLOCK; ++r) {
-            for (int j = 0; j < LANES; ++j) sum[r][j] += w[r][k + j] * x[k + j];
+            load(&wk, w[r] + k);
+            sum[r] += wk * xk;
         }
     }
     for (int r = 0; r < ROWS_PER_BLOCK; ++r) {
-        const float* s = sum[r];
+        const Lanes& s = sum[r];
         dot[r] = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
     }
 }
@@ -71,7 +70,8 @@ static void multiply_blocks(const QuantizedMatmul& problem, const Activations& a
             scale[r] = scale_at(w, group);
             zero_point[r] = zero_point_at(w, group);
             const uint8_t* packed = w.packed + row * row_bytes(w) + k * BITS / 8;
-            unpack<BITS>(packed, count, zero_point[r], unpacked[r]);
+            // Integers take the zero point off the whole sum instead.
+            unpack<BITS>(packed, count, INTEGER ? 0 : zero_point[r], unpacked[r]);
         }
     };
     const auto accumulate = [&](int64_t m, int64_t chunk, int64_t k, int64_t count) {

@@ -15,7 +15,8 @@ namespace glm4 {
 namespace {
 
 constexpr int64_t COLUMN_KERNEL_MAX_M = 16;
-constexpr int WARPS = 4;  // columns per block of the column kernel
+constexpr int WARPS = 4;          // columns per block of the column kernel
+constexpr int BLOCKS_PER_SM = 6;  // of the column kernel: 80 registers a thread, no spills
 
 constexpr int TILE = 64;      // rows and columns of y per block of the tile kernel
 constexpr int TILE_K = 32;    // columns of x at a time; K is a multiple of it
@@ -61,7 +62,8 @@ __device__ __forceinline__ void write_result(const QuantizedMatmul& problem, int
 }
 
 template <DType DTYPE, int BITS, int ROWS>
-__global__ void __launch_bounds__(WARPS * 32) column_kernel(QuantizedMatmul problem) {
+__global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
+    column_kernel(QuantizedMatmul problem) {
     const QuantizedWeight& w = problem.w;
     const int lane = threadIdx.x % 32;
     const int64_t n = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
@@ -76,23 +78,22 @@ __global__ void __launch_bounds__(WARPS * 32) column_kernel(QuantizedMatmul prob
         const float scale = scale_at(w, group);
         const int zero_point = zero_point_at(w, group);
 
-        float part[ROWS] = {};
 #pragma unroll
-        for (int i = 0; i < WEIGHTS<BITS>; i += 8) {
+        for (int r = 0; r < ROWS; ++r) {
+            const int64_t m = m0 + r < problem.m ? m0 + r : problem.m - 1;  // not written
+            float part = 0.0f;
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                const int64_t m = m0 + r < problem.m ? m0 + r : problem.m - 1;
+            for (int i = 0; i < WEIGHTS<BITS>; i += 8) {
                 float x[8];
                 load8<DTYPE>(problem.x, m * w.k + k + i, x);
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
-                    const int u = weight_in_piece<BITS>(piece.bytes, i + j);
-                    part[r] += float(u - zero_point) * x[j];
+                    const int u = weight_in_piece<BITS>(piece.bytes, i / 16, i % 16 + j);
+                    part += float(u - zero_point) * x[j];
                 }
             }
+            acc[r] += scale * part;
         }
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) acc[r] += scale * part[r];
     }
 
 #pragma unroll
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(QuantizedMatmul problem, 
             const int zero_point = zero_point_at(w, group);
 #pragma unroll
             for (int j = 0; j < WEIGHTS<BITS>; ++j) {
-                const int u = weight_in_piece<BITS>(piece.bytes, j);
+                const int u = weight_in_piece<BITS>(piece.bytes, j / 16, j % 16);
                 w_tile[column + j][row] = scale * float(u - zero_point);
             }
         }
