@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t COLUMN_KERNEL_MAX_M = 16;
 constexpr int WARPS = 4;          // columns per block of the column kernel
-constexpr int BLOCKS_PER_SM = 6;  // of the column kernel: 80 registers a thread, no spills
+constexpr int BLOCKS_PER_SM = 4;  // of the column kernel: up to 128 registers a thread, no spills
 
 constexpr int TILE = 64;      // rows and columns of y per block of the tile kernel
 constexpr int TILE_K = 32;    // columns of x at a time; K is a multiple of it
