@@ -20,22 +20,24 @@ static py::dict build_info() {
 #endif
     info["cuda_architectures"] = GLM4_CUDA_ARCHITECTURES;
     info["cpu_features"] = glm4::cpu_features();
+    info["cpu_variants"] = glm4::cpu_variants();
     return info;
 }
 
 PYBIND11_MODULE(_C, module) {
     module.def("build_info", build_info);
 
-    module.def("quantized_matmul_cpu",
-               [](Buffer y, Buffer x, Buffer packed, Buffer scale, Buffer zero_point, Buffer bias,
-                  int dtype, int scale_dtype, int64_t m, int64_t n, int64_t k, int bits,
-                  int64_t group_size, bool int8_activations, int n_threads) {
-                   py::gil_scoped_release release;
-                   glm4::quantized_matmul_cpu(
-                       glm4::checked_quantized_matmul(y, x, packed, scale, zero_point, bias, dtype,
-                                                      scale_dtype, m, n, k, bits, group_size),
-                       int8_activations, n_threads);
-               });
+    module.def(
+        "quantized_matmul_cpu",
+        [](Buffer y, Buffer x, Buffer packed, Buffer scale, Buffer zero_point, Buffer bias,
+           int dtype, int scale_dtype, int64_t m, int64_t n, int64_t k, int bits,
+           int64_t group_size, bool int8_activations, int n_threads, const std::string& variant) {
+            py::gil_scoped_release release;
+            glm4::quantized_matmul_cpu(
+                glm4::checked_quantized_matmul(y, x, packed, scale, zero_point, bias, dtype,
+                                               scale_dtype, m, n, k, bits, group_size),
+                int8_activations, n_threads, variant);
+        });
 
 #ifdef GLM4_CUDA_VERSION
     module.def("quantized_matmul_cuda",

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "quantized_weight.h"
 
@@ -26,7 +28,12 @@ QuantizedMatmul checked_quantized_matmul(Buffer y, Buffer x, Buffer packed, Buff
                                          int64_t m, int64_t n, int64_t k, int bits,
                                          int64_t group_size);
 
-void quantized_matmul_cpu(const QuantizedMatmul& problem, bool int8_activations, int n_threads);
+// The inner loops that this processor can run, best first.
+std::vector<std::string> cpu_variants();
+
+// `variant`: one of those; empty for the best. All give the same bits.
+void quantized_matmul_cpu(const QuantizedMatmul& problem, bool int8_activations, int n_threads,
+                          const std::string& variant);
 
 // Enqueues on `stream` of `device`; throws on a launch error.
 void quantized_matmul_cuda(const QuantizedMatmul& problem, int device, std::uintptr_t stream);

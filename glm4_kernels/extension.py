@@ -46,7 +46,7 @@ def build_info() -> dict[str, Any]:
     """What the extension was built with, and what this processor can run.
 
     `compiler`, `cuda` (None without), `cuda_architectures` (CMake's form), `sanitize`,
-    `cpu_features`; or only `error`, if there is no extension.
+    `cpu_features`, `cpu_variants` (inner loops it runs, best first); or only `error`, if there is no extension.
     """
     return {"error": _missing} if _C is None else _C.build_info()
 

@@ -82,8 +82,10 @@ def launch_quantized_matmul(
     bits: int,
     group_size: int | None,
     int8_activations: bool,
+    variant: str = "",
 ) -> Tensor:
-    """The C++ kernel on CPU tensors, the CUDA kernel on CUDA tensors."""
+    """The C++ kernel on CPU tensors (`variant`: its inner loops, of build_info()["cpu_variants"],
+    the best by default), the CUDA kernel on CUDA tensors."""
     k = x.shape[-1]
     n = packed.shape[0]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
@@ -97,7 +99,8 @@ def launch_quantized_matmul(
         *(y.numel() // n, n, k, bits, group_size or k),
     )
     if x.device.type == "cpu":
-        extension().quantized_matmul_cpu(*problem, int8_activations, torch.get_num_threads())
+        n_threads = torch.get_num_threads()
+        extension().quantized_matmul_cpu(*problem, int8_activations, n_threads, variant)
     else:
         stream = torch.cuda.current_stream(x.device).cuda_stream
         cuda_extension().quantized_matmul_cuda(*problem, x.device.index, stream)

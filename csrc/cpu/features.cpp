@@ -25,7 +25,7 @@ constexpr uint64_t YMM = 0x6;         // SSE and AVX registers
 constexpr uint64_t ZMM = YMM | 0xe0;  // opmask and the upper halves
 constexpr uint64_t TILES = 0x60000;
 
-// Intel 64 manual, volume 2A, CPUID.
+// Intel 64 manual, volume 2A, CPUID. The names are those of /proc/cpuinfo.
 constexpr Feature FEATURES[] = {
     {"avx", 1, 0, ECX, 28, YMM},
     {"f16c", 1, 0, ECX, 29, YMM},
@@ -36,7 +36,7 @@ constexpr Feature FEATURES[] = {
     {"avx512f", 7, 0, EBX, 16, ZMM},
     {"avx512bw", 7, 0, EBX, 30, ZMM},
     {"avx512vl", 7, 0, EBX, 31, ZMM},
-    {"avx512_vbmi", 7, 0, ECX, 1, ZMM},
+    {"avx512vbmi", 7, 0, ECX, 1, ZMM},
     {"avx512_vnni", 7, 0, ECX, 11, ZMM},
     {"avx512_bf16", 7, 1, EAX, 5, ZMM},
     {"avx512_fp16", 7, 0, EDX, 23, ZMM},

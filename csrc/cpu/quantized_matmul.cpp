@@ -5,6 +5,7 @@
 #include "quantized_matmul.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <vector>
 
 #include "features.h"
@@ -15,11 +16,27 @@ namespace glm4 {
 // Below this many products a thread costs more than it brings.
 constexpr int64_t PRODUCTS_PER_THREAD = int64_t(1) << 19;
 
-static const MultiplyVariant& best_variant() {
+static std::vector<const MultiplyVariant*> runnable_variants() {
+    std::vector<const MultiplyVariant*> variants;
 #ifdef GLM4_WITH_AVX2
-    if (has_feature("avx2")) return MULTIPLY_AVX2;
+    if (has_feature("avx2")) variants.push_back(&MULTIPLY_AVX2);
 #endif
-    return MULTIPLY_PORTABLE;
+    variants.push_back(&MULTIPLY_PORTABLE);
+    return variants;
+}
+
+static const MultiplyVariant& variant_named(const std::string& name) {
+    static const std::vector<const MultiplyVariant*> variants = runnable_variants();
+    for (const MultiplyVariant* variant : variants) {
+        if (name.empty() || name == variant->name) return *variant;
+    }
+    throw std::invalid_argument("quantized_matmul: this processor runs no variant " + name);
+}
+
+std::vector<std::string> cpu_variants() {
+    std::vector<std::string> names;
+    for (const MultiplyVariant* variant : runnable_variants()) names.push_back(variant->name);
+    return names;
 }
 
 // Round to nearest, ties to even, for |value| < 2^22: the sum has no room for a fraction.
@@ -61,7 +78,8 @@ static Integers quantize_activations(const std::vector<float>& x, int64_t m, int
     return integers;
 }
 
-void quantized_matmul_cpu(const QuantizedMatmul& problem, bool int8_activations, int n_threads) {
+void quantized_matmul_cpu(const QuantizedMatmul& problem, bool int8_activations, int n_threads,
+                          const std::string& variant_name) {
     const int64_t m = problem.m, n = problem.w.n, k = problem.w.k;
     if (m == 0) return;
     const int64_t chunk = std::min<int64_t>(problem.w.group_size, MAX_CHUNK);
@@ -77,7 +95,7 @@ void quantized_matmul_cpu(const QuantizedMatmul& problem, bool int8_activations,
         int8_activations ? static_cast<const void*>(integers.values.data()) : x.data(),
         integers.scale.data(), integers.sum.data(), chunk, n_chunks};
 
-    const MultiplyVariant& variant = best_variant();
+    const MultiplyVariant& variant = variant_named(variant_name);
     const MultiplyBlocks multiply_blocks = int8_activations ? variant.int8 : variant.exact;
     const int64_t n_blocks = (n + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK;
     const int64_t worth = std::min(m * n * k / PRODUCTS_PER_THREAD, n_blocks);

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+
+import glm4_kernels as gk
+from glm4_kernels.quantize import QuantizedWeight, pack, unpack
+
+FORMS = [
+    (bits, group_size, symmetric)
+    for bits in (4, 8)
+    for group_size in (32, 64, 128, None)
+    for symmetric in (True, False)
+]
+
+
+def assert_within_half_a_step(weight, qweight):
+    """|scale * (u - z) - w| <= |scale| / 2, and what fp32 adds: three roundings of |w| at most."""
+    k = qweight.shape[1]
+    scale = qweight.scale.double().abs().repeat_interleave(k // qweight.scale.shape[1], dim=1)
+    error = (qweight.dequantize(torch.float64) - weight.double()).abs()
+    allowed = scale / 2 + 3 * torch.finfo(torch.float32).eps * weight.double().abs()
+    assert (error <= allowed).all(), f"{(error / scale).max().item()} steps"
+
+
+@pytest.mark.parametrize("bits, group_size, symmetric", FORMS)
+def test_within_half_a_step(bits, group_size, symmetric):
+    weight = torch.distributions.StudentT(3.0).sample((7, 384))
+    weight[0] = weight[0].abs()  # one-sided: the zero point at an end of the range
+    weight[1] = -weight[1].abs()
+    weight[2, ::2] = weight[2].max()  # many at the top
+    qweight = gk.quantize(weight, bits, group_size, symmetric)
+    assert_within_half_a_step(weight, qweight)
+
+    n_groups = 384 // (group_size or 384)
+    assert qweight.shape == (7, 384)
+    assert qweight.packed.shape == (7, 384 * bits // 8)
+    assert qweight.scale.shape == (7, n_groups)
+    assert (qweight.zero_point is None) == symmetric
+    assert qweight.nbytes == 7 * (384 * bits // 8 + n_groups * (2 if symmetric else 3))
+
+
+@pytest.mark.parametrize("bits, group_size, symmetric", FORMS)
+def test_error_on_normal_weights(bits, group_size, symmetric):
+    """The relative L2 error is step / sqrt(12), and the step follows from the largest of g normal
+    values, in expectation at most sqrt(2 ln 2g) of both signs, sqrt(2 ln g) of one."""
+    weight = torch.randn(512, 768)
+    g = group_size or 768
+    if symmetric:
+        step = math.sqrt(2 * math.log(2 * g)) / (2 ** (bits - 1) - 0.5)
+    else:
+        step = 2 * math.sqrt(2 * math.log(g)) / (2**bits - 1)
+    error = (gk.quantize(weight, bits, group_size, symmetric).dequantize() - weight).norm()
+    assert error / weight.norm() <= step / math.sqrt(12)
+
+
+def test_symmetric_beats_the_usual_scale():
+    weight = torch.randn(256, 1024)
+    groups = weight.unflatten(1, (-1, 128))
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    usual = (groups / scale).round().clamp(-8, 7) * scale
+    ours = gk.quantize(weight).dequantize().unflatten(1, (-1, 128))
+    assert (ours - groups).square().mean() < 0.8 * (usual - groups).square().mean()
+
+
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-30, 1e-8, 1.0, 1e5, 1e30, 3e38])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tiny_and_huge_rows(magnitude, symmetric):
+    weight = torch.rand(3, 64) * 2 - 1
+    weight = weight / weight.abs().max() * magnitude
+    qweight = gk.quantize(weight, 4, 32, symmetric)
+    assert qweight.dequantize().isfinite().all()
+    assert_within_half_a_step(weight, qweight)
+
+
+@pytest.mark.parametrize("bits, group_size, symmetric", FORMS)
+def test_zeros_stay_zero(bits, group_size, symmetric):
+    weight = torch.randn(4, 128)
+    weight[1] = 0.0
+    weight[2, ::3] = 0.0
+    restored = gk.quantize(weight, bits, group_size, symmetric).dequantize()
+    assert (restored[weight == 0] == 0).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layout(bits):
+    """The table in csrc/quantized_weight.h, read as it is drawn."""
+    u = torch.randint(0, 2**bits, (3, 96), dtype=torch.uint8)
+    packed = pack(u, bits)
+    for k in range(96):
+        if bits == 8:
+            stored = packed[:, k]
+        else:
+            piece, i = divmod(k, 32)
+            stored = packed[:, 16 * piece + i % 16] >> (4 * (i // 16)) & 15
+        assert torch.equal(stored, u[:, k]), k
+    assert torch.equal(unpack(packed, bits), u)
+
+
+def test_slabs_do_not_show(monkeypatch):
+    weight = torch.randn(11, 64)
+    whole = gk.quantize(weight, 4, 32, symmetric=False)
+    monkeypatch.setattr(sys.modules[pack.__module__], "SLAB", 3 * 64)
+    slabs = gk.quantize(weight, 4, 32, symmetric=False)
+    for name in ("packed", "scale", "zero_point"):
+        assert torch.equal(getattr(whole, name), getattr(slabs, name))
+    assert torch.equal(whole.dequantize(), slabs.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes_and_strides(dtype):
+    weight = torch.randn(64, 5).to(dtype)
+    plain = gk.quantize(weight.t().float(), 8, 32)
+    strided = gk.quantize(torch.nn.Parameter(weight).t(), 8, 32)
+    assert torch.equal(plain.packed, strided.packed) and torch.equal(plain.scale, strided.scale)
+    assert strided.dequantize(dtype).dtype == dtype
+    assert strided.dequantize().dtype == torch.float32
+
+
+def test_to():
+    qweight = gk.quantize(torch.randn(2, 32), 4, 32, symmetric=False)
+    moved = qweight.to("meta")
+    assert isinstance(moved, QuantizedWeight)
+    assert {moved.packed.device.type, moved.scale.device.type} == {"meta"}
+    assert moved.zero_point.device.type == "meta" and qweight.packed.device.type == "cpu"
+
+
+def with_value(value):
+    weight = torch.ones(5, 32)
+    weight[3, 7] = value
+    return weight
+
+
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (ValueError, r"bits must be 4 or 8, got 3", {"bits": 3}),
+        (ValueError, r"group_size must be 32, 64, 128 or None, got -1", {"group_size": -1}),
+        (TypeError, r"weight must be floating point", {"weight": torch.ones(4, 128).long()}),
+        (ValueError, r"weight must be \[N, K\].*, got \[128\]", {"weight": torch.ones(128)}),
+        (ValueError, r"weight must be .*, got \[0, 128\]", {"weight": torch.ones(0, 128)}),
+        (
+            ValueError,
+            r"weight must be .* multiple of 128, got \[4, 96\]",
+            {"weight": torch.ones(4, 96)},
+        ),
+        (
+            ValueError,
+            r"weight must be .* multiple of 32, got \[4, 40\]",
+            {"weight": torch.ones(4, 40), "group_size": None},
+        ),
+        (
+            ValueError,
+            r"weight must be finite in float32, got nan at \[3, 7\]",
+            {"weight": with_value(math.nan), "group_size": 32},
+        ),
+        (
+            ValueError,
+            r"weight must be finite in float32, got -inf at \[3, 7\]",
+            {"weight": with_value(-math.inf), "group_size": 32},
+        ),
+        (
+            ValueError,
+            r"weight must be finite in float32, got inf at \[3, 7\]",
+            {"weight": with_value(1e20).double().square(), "group_size": 32},
+        ),
+    ],
+)
+def test_rejects(error, message, change):
+    arguments = {"weight": torch.ones(4, 128)} | change
+    with pytest.raises(error, match=f"^quantize: {message}"):
+        gk.quantize(**arguments)

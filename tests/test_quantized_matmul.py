@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import hypothesis
+import pytest
+import torch
+from conftest import REPOSITORY
+from hypothesis import strategies as st
+from numerics import assert_bitwise_equal, assert_within_rule
+
+import glm4_kernels as gk
+from glm4_kernels.extension import DTYPE_CODES, buffer, build_info, extension
+from glm4_kernels.quantize import BITS, GROUP_SIZES, pack
+from glm4_kernels.quantized_matmul import (
+    launch_quantized_matmul,
+    quantize_activations,
+    quantized_matmul_reference,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # compiled kernels: bf16 runs anywhere
+MODES = ("float",) if torch.cuda.is_available() else ("float", "int8")
+# (M, N, K, bits, group_size, symmetric)
+CASES = [
+    (1, 257, 128, 4, 128, True),  # one token; N divides by nothing
+    (7, 3, 96, 4, 32, False),  # three groups, zero points
+    (2, 1, 32, 4, 32, True),  # one piece, one output
+    (33, 257, 160, 4, None, False),  # per channel: two chunks of activations, 128 and 32
+    (2, 65, 107 * 32, 4, 32, True),  # the odd multiple of GLM-4-9B's down projection, scaled down
+    (5, 130, 384, 4, 64, False),
+    (1, 257, 128, 8, 128, False),
+    (16, 5, 96, 8, 32, True),  # the last M of the CUDA column kernel
+    (17, 66, 160, 8, None, True),  # the first of its tile kernel, tiles of N and M mostly empty
+    (65, 64, 192, 8, 64, False),  # one row into a second tile
+]
+
+
+def problem(case, dtype, device):
+    """The op's arguments but the last; every row of x at its own magnitude."""
+    m, n, k, bits, group_size, symmetric = case
+    magnitude = torch.logspace(-2, 1, max(m, 1))[:m].unsqueeze(1)
+    x = (torch.randn(m, k) * magnitude).to(dtype).to(device)
+    qweight = gk.quantize(torch.randn(n, k), bits, group_size, symmetric).to(device)
+    bias = torch.randn(n).to(dtype).to(device)
+    return x, qweight.packed, qweight.scale, qweight.zero_point, bias, bits, group_size
+
+
+def check(arguments, mode):
+    x, packed, scale, zero_point, bias, *form = arguments
+    integers = mode == "int8"
+    bias64 = None if bias is None else bias.double()
+    oracle = quantized_matmul_reference(
+        x.double(), packed, scale, zero_point, bias64, *form, integers
+    )
+    reference = quantized_matmul_reference(*arguments, integers)
+    assert_within_rule(launch_quantized_matmul(*arguments, integers), reference, oracle)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(case, dtype, mode, device):
+    check(problem(case, dtype, device), mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float_mode_is_a_matmul_with_the_dequantised_weight(dtype, device):
+    x, _, _, _, bias, *_ = problem((9, 31, 256, 4, 64, False), dtype, device)
+    qweight = gk.quantize(torch.randn(31, 256), 4, 64, symmetric=False).to(device)
+    truth = x.double() @ qweight.dequantize(torch.float64).t() + bias.double()
+    y = gk.quantized_matmul(x, qweight, bias, activations="float")
+    assert_within_rule(y, truth.to(dtype), truth)
+
+
+def test_int8_activations_cost_little():
+    """s = max/127 of 128 normal values is about 2.9/127, and the error s/sqrt(12): 0.7 %."""
+    x = torch.randn(16, 1024)
+    qweight = gk.quantize(torch.randn(64, 1024))
+    exact = gk.quantized_matmul(x, qweight, activations="float")
+    error = (gk.quantized_matmul(x, qweight) - exact).norm() / exact.norm()
+    assert 0.003 < error < 0.01
+    assert torch.equal(
+        gk.quantized_matmul(x, qweight), gk.quantized_matmul(x, qweight, activations="int8")
+    )
+
+
+def identity(n, bits=8, scale=1.0):
+    """The weight scale * I, exactly."""
+    z = 2 ** (bits - 1)
+    u = torch.full((n, n), z, dtype=torch.uint8) + torch.eye(n, dtype=torch.uint8)
+    return gk.QuantizedWeight(pack(u, bits), torch.full((n, 1), scale), None, bits, None, (n, n))
+
+
+def test_activations_are_rounded_like_the_reference():
+    """Through the identity, y is s * q, so every integer shows."""
+    step = torch.tensor([1.0, 3e-3, 7e5]).unsqueeze(1)
+    ties = (torch.arange(32) - 16 + 0.5).repeat(3, 1)
+    ties[:, -1] = 127.0
+    random = torch.randn(64, 32) * torch.logspace(-44, 38, 64).unsqueeze(1)
+    random = random.clamp(-3e38, 3e38)
+    x = torch.cat((ties * step, random, torch.zeros(1, 32)))
+    q, scale = quantize_activations(x, None)
+    assert q.abs().max() == 127 and (q[0, :31] % 2 == 0).all()  # halves go to the even side
+    for variant in build_info()["cpu_variants"]:
+        weight = identity(32)
+        form = (weight.packed, weight.scale, None, None, 8, None)
+        y = launch_quantized_matmul(x, *form, True, variant=variant)
+        assert_bitwise_equal(y, q.float() * scale)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("mode", MODES)
+def test_not_finite_stays_not_finite(value, mode, device):
+    x = torch.randn(4, 64, device=device)
+    clean = x.clone()
+    x[2, 5] = value
+    qweight = gk.quantize(torch.randn(9, 64), 8, 32).to(device)
+    y = gk.quantized_matmul(x, qweight, activations=mode)
+    assert not y[2].isfinite().any()
+    others = [0, 1, 3]
+    assert torch.equal(y[others], gk.quantized_matmul(clean, qweight, activations=mode)[others])
+
+
+def test_every_float16_and_bfloat16_survives(device):
+    """Conversions are ours (csrc/float_formats.h): in, times one, out, for every number."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).view(-1, 32)
+        x = torch.where(x.isfinite(), x, 1.0).to(device)
+        y = gk.quantized_matmul(x, moved(identity(32), device), activations="float")
+        assert_bitwise_equal(y, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounds_once_and_to_even(dtype, device):
+    x = torch.randn(512, 32) * torch.logspace(-9, 5, 512).unsqueeze(1)
+    x = x.clamp(-6e4, 6e4).to(dtype).to(device)
+    bias = torch.randn(32).to(dtype).to(device)
+    y = gk.quantized_matmul(x, moved(identity(32), device), bias, activations="float")
+    assert_bitwise_equal(y, (x.float() + bias.float()).to(dtype))
+
+    halves = (1 + torch.arange(512).view(16, 32) * torch.finfo(dtype).eps).to(dtype).to(device)
+    half_ulp = torch.full((32,), torch.finfo(dtype).eps / 2, dtype=dtype, device=device)
+    y = gk.quantized_matmul(halves, moved(identity(32), device), half_ulp, activations="float")
+    assert_bitwise_equal(y, (halves.float() + half_ulp.float()).to(dtype))
+
+    overflow = torch.full((1, 32), torch.finfo(dtype).max, dtype=dtype, device=device)
+    doubled = moved(identity(32, scale=2.0), device)
+    assert gk.quantized_matmul(overflow, doubled, activations="float").isinf().all()
+
+
+def moved(qweight, device):
+    return qweight.to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_dtypes(dtype, device):
+    x, packed, scale, zero_point, bias, *form = problem(CASES[1], torch.float32, device)
+    arguments = (x, packed, scale.to(dtype), zero_point, bias, *form)
+    for mode in MODES:
+        check(arguments, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["transposed", "slice", "unaligned", "expanded", "one row"])
+def test_layouts(layout, mode, device):
+    wide, packed, scale, zero_point, _, *form = problem(CASES[1], torch.float32, device)
+    wide = torch.cat((wide, wide.flip(0)))  # [14, 96]
+    x = {
+        "transposed": wide.t().contiguous().t(),
+        "slice": torch.nn.functional.pad(wide, (5, 3))[:, 5:-3],
+        "unaligned": torch.nn.functional.pad(wide.flatten(), (1, 0))[1:].view(14, 96),
+        "expanded": wide[:1].expand(4, 96),
+        "one row": wide[0],
+    }[layout]
+    bias = torch.randn(6, device=device)[::2]
+    check((x, packed, scale, zero_point, bias, *form), mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_edges(mode, device):
+    x, *weight, bias, bits, group_size = problem(CASES[5], torch.float32, device)
+    form = (bits, group_size)
+    assert launch_quantized_matmul(x[:0], *weight, bias, *form, mode == "int8").shape == (0, 130)
+    check((x, *weight, None, *form), mode)
+    check((x.view(5, 1, 384), *weight, bias, *form), mode)
+    zeros = launch_quantized_matmul(torch.zeros_like(x), *weight, None, *form, mode == "int8")
+    assert (zeros == 0).all()
+
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU kernel's threads")
+
+
+@on_cpu
+@pytest.mark.parametrize("mode", ["float", "int8"])
+def test_threads_and_variants_change_no_bit(mode):
+    for case in [(3, 1001, 1024, 4, 128, False), (2, 777, 1024, 8, None, True)]:
+        arguments = problem(case, torch.float32, "cpu")
+        results = []
+        threads = torch.get_num_threads()
+        try:
+            for n_threads in (1, 2, 7):  # 7: more than the machine has
+                torch.set_num_threads(n_threads)
+                for variant in build_info()["cpu_variants"]:
+                    results.append(
+                        launch_quantized_matmul(*arguments, mode == "int8", variant=variant)
+                    )
+        finally:
+            torch.set_num_threads(threads)
+        for result in results[1:]:
+            assert_bitwise_equal(result, results[0])
+
+
+@on_cpu
+def test_concurrent_callers():
+    problems = [problem((2, 640, 1024, 4, 128, True), torch.float32, "cpu") for _ in range(6)]
+    alone = [launch_quantized_matmul(*p, True) for p in problems]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            together = list(pool.map(lambda p: launch_quantized_matmul(*p, True), problems))
+            for got, expected in zip(together, alone, strict=True):
+                assert_bitwise_equal(got, expected)
+
+
+@on_cpu
+def test_a_forked_child_computes():
+    run_python("""
+        import os, torch, glm4_kernels as gk
+        torch.set_num_threads(2)
+        qweight = gk.quantize(torch.randn(640, 1024))
+        x = torch.randn(2, 1024)
+        expected = gk.quantized_matmul(x, qweight)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gk.quantized_matmul(x, qweight).equal(expected) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    """)
+
+
+def test_without_the_extension():
+    run_python("""
+        import sys
+        sys.modules["glm4_kernels._C"] = None
+        import torch, glm4_kernels as gk
+        from glm4_kernels.extension import build_info
+        qweight = gk.quantize(torch.randn(4, 128))
+        qweight.dequantize()
+        assert list(build_info()) == ["error"]
+        try:
+            gk.quantized_matmul(torch.ones(1, 128), qweight)
+        except RuntimeError as error:
+            assert str(error).startswith("glm4_kernels was not built: run pip install -e ."), error
+        else:
+            raise SystemExit("no error")
+    """)
+
+
+def run_python(code):
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@hypothesis.settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_any_shape(data, device):
+    bits = data.draw(st.sampled_from(BITS))
+    group_size = data.draw(st.sampled_from(GROUP_SIZES))
+    k = (group_size or 32) * data.draw(st.integers(1, 7))
+    case = (
+        *(data.draw(st.integers(0, 70)), data.draw(st.integers(1, 140)), k),
+        *(bits, group_size, data.draw(st.booleans())),
+    )
+    x, *rest = problem(case, data.draw(st.sampled_from(DTYPES)), device)
+    left = data.draw(st.integers(0, 9))
+    x = torch.nn.functional.pad(x, (left, 3))[:, left : left + k]
+    check((x, *rest), data.draw(st.sampled_from(MODES)))
+
+
+def weight(**change):
+    qweight = gk.quantize(torch.ones(4, 64), 4, 32, symmetric=False)
+    return dataclasses.replace(qweight, **change)
+
+
+def bytes_like(*shape):
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (
+            TypeError,
+            r"qweight must be a QuantizedWeight, got Tensor",
+            {"qweight": torch.ones(4, 64)},
+        ),
+        (ValueError, r"activations must be 'int8', 'float' or None", {"activations": "int4"}),
+        (ValueError, r"x must be \[\.\.\., K\], got \[\]", {"x": torch.tensor(1.0)}),
+        (ValueError, r"x must be \[\.\.\., 64\], got \[2, 32\]", {"x": torch.ones(2, 32)}),
+        (TypeError, r"x must be float32, bfloat16 or float16", {"x": torch.ones(2, 64).double()}),
+        (RuntimeError, r"x requires grad", {"x": torch.ones(2, 64, requires_grad=True)}),
+        (ValueError, r"bits must be 4 or 8, got 5", {"qweight": weight(bits=5)}),
+        (ValueError, r"group_size must be 32, 64, 128 or None", {"qweight": weight(group_size=16)}),
+        (ValueError, r"x must be .* multiple of 128", {"qweight": weight(group_size=128)}),
+        (TypeError, r"packed must be torch.uint8", {"qweight": weight(packed=torch.ones(4, 32))}),
+        (ValueError, r"packed must be \[N, 32\]", {"qweight": weight(packed=bytes_like(4, 31))}),
+        (ValueError, r"packed must be \[N, 32\]", {"qweight": weight(packed=bytes_like(128))}),
+        (ValueError, r"packed must be \[N, 32\]", {"qweight": weight(packed=bytes_like(0, 32))}),
+        (
+            ValueError,
+            r"packed must be contiguous, got strides \[1, 4\]",
+            {"qweight": weight(packed=bytes_like(32, 4).t())},
+        ),
+        (
+            ValueError,
+            r"packed must be on cpu, got meta",
+            {"qweight": weight(packed=bytes_like(4, 32).to("meta"))},
+        ),
+        (TypeError, r"scale must be float32, bf", {"qweight": weight(scale=bytes_like(4, 2))}),
+        (ValueError, r"scale must be \[4, 2\]", {"qweight": weight(scale=torch.ones(4, 1))}),
+        (ValueError, r"scale must be contiguous", {"qweight": weight(scale=torch.ones(2, 4).t())}),
+        (
+            TypeError,
+            r"zero_point must be torch.uint8",
+            {"qweight": weight(zero_point=torch.ones(4, 2))},
+        ),
+        (
+            ValueError,
+            r"zero_point must be \[4, 2\]",
+            {"qweight": weight(zero_point=bytes_like(2, 4))},
+        ),
+        (TypeError, r"bias must be torch.float32", {"bias": torch.ones(4).half()}),
+        (ValueError, r"bias must be \[4\], got \[5\]", {"bias": torch.ones(5)}),
+        (ValueError, r"bias must be on cpu", {"bias": torch.ones(4, device="meta")}),
+    ],
+)
+def test_rejects(error, message, change):
+    arguments = {"x": torch.ones(2, 64), "qweight": weight()} | change
+    with pytest.raises(error, match=f"^quantized_matmul: {message}"):
+        gk.quantized_matmul(**arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_int8_activations_are_for_the_cpu():
+    qweight = gk.quantize(torch.ones(4, 64), 4, 32).to("cuda")
+    with pytest.raises(ValueError, match="activations must be 'float' on CUDA"):
+        gk.quantized_matmul(torch.ones(2, 64, device="cuda"), qweight, activations="int8")
+
+
+@pytest.mark.parametrize(
+    "message, change",
+    [
+        (r"y must have 8 \* 4 bytes, got 28", {"y": torch.empty(7)}),
+        (r"x must have", {"x": torch.empty(2, 32)}),
+        (r"x must be aligned to 16", {"x": torch.empty(2 * 64 + 1)[1:]}),
+        (r"packed must have", {"packed": bytes_like(4, 31)}),
+        (r"scale must have", {"scale": torch.empty(7)}),
+        (r"zero_point must have", {"zero_point": bytes_like(9)}),
+        (r"bias must have", {"bias": torch.empty(3)}),
+        (r"x must have 128 \* 4 bytes, got 0", {"x": None}),
+        (r"impossible sizes", {"sizes": (2, 4, 48, 4, 48)}),
+        (r"impossible sizes", {"sizes": (-1, 4, 64, 4, 32)}),
+        (r"impossible sizes", {"sizes": (2, 2**62, 64, 4, 32)}),
+        (r"bits must be 4 or 8", {"sizes": (2, 4, 64, 3, 32)}),
+        (r"group size 48 does not divide", {"sizes": (2, 4, 64, 4, 48)}),
+        (r"group size 0 does not divide", {"sizes": (2, 4, 64, 4, 0)}),
+        (r"unknown dtype code 3", {"dtype": 3}),
+        (r"this processor runs no variant mmx", {"variant": "mmx"}),
+    ],
+)
+def test_the_extension_checks_sizes_itself(message, change):
+    """For callers that come around Python's checks: ValueError, and no memory touched."""
+    good = {
+        "y": torch.empty(2, 4),
+        "x": torch.ones(2, 64),
+        "packed": bytes_like(4, 32),
+        "scale": torch.ones(4, 2),
+        "zero_point": bytes_like(4, 2),
+        "bias": torch.ones(4),
+        "dtype": DTYPE_CODES[torch.float32],
+        "sizes": (2, 4, 64, 4, 32),
+        "variant": "",
+    }
+
+    def call(y, x, packed, scale, zero_point, bias, dtype, sizes, variant):
+        buffers = (buffer(t) for t in (y, x, packed, scale, zero_point, bias))
+        extension().quantized_matmul_cpu(*buffers, dtype, 0, *sizes, True, 1, variant)
+
+    call(**good)
+    with pytest.raises(ValueError, match=message):
+        call(**(good | change))
