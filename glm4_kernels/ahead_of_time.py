@@ -156,7 +156,7 @@ def figures(compiled: Any) -> Figures:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [cuobjdump, "--dump-resource-usage", "-sass", cubin.name]
+        command = [str(cuobjdump), "--dump-resource-usage", "-sass", cubin.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return Figures(
