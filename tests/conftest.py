@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# One thread, in child processes too: at these sizes a second only waits, and where other programs
+# are busy its spinning makes a test fifty times slower. Tests of threads set their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
