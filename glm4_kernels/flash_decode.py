@@ -185,8 +185,10 @@ def _flash_decode_partial_kernel(
 
         k_tile = k_ptr + page * stride_k_page + kv_head * stride_k_head
         k_ptrs = k_tile + token[:, None] * stride_k_token + dims[None, :]
-        k = tl.load(k_ptrs, mask=key_mask[:, None], other=0.0).to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        k = tl.load(k_ptrs, mask=key_mask[:, None], other=0.0)
+        if k.dtype == tl.float8e4nv:  # Triton 3.6 has no fp8 to bf16 on sm_89
+            k = k.to(tl.float32)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if k_scale_ptr is not None:
             k_scale = k_scale_ptr + page * stride_k_scale_page + kv_head * stride_k_scale_head
             s *= tl.load(k_scale + token, mask=key_mask, other=0.0)[None, :]
@@ -205,8 +207,10 @@ def _flash_decode_partial_kernel(
             p *= tl.load(v_scale + token, mask=key_mask, other=0.0)[None, :] * P_RANGE
         v_tile = v_ptr + page * stride_v_page + kv_head * stride_v_head
         v_ptrs = v_tile + token[:, None] * stride_v_token + dims[None, :]
-        v = tl.load(v_ptrs, mask=key_mask[:, None], other=0.0).to(q.dtype)
-        pv = tl.dot(p.to(q.dtype), v, input_precision="ieee")
+        v = tl.load(v_ptrs, mask=key_mask[:, None], other=0.0)
+        if v.dtype == tl.float8e4nv:
+            v = v.to(tl.float32)
+        pv = tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
         acc = acc * decay[:, None] + pv
 
     total = tl.where(total == 0.0, 1.0, total)  # no key seen: acc = 0 and m = -inf
