@@ -6,19 +6,18 @@ then say how to build it.
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_C: ModuleType | None
+_C: ModuleType | None = None
+_missing = ""
 try:
-    from glm4_kernels import _C  # type: ignore[attr-defined, no-redef]
-
-    _missing = ""
+    _C = importlib.import_module("glm4_kernels._C")
 except ImportError as error:
-    _C = None
     _missing = str(error)
 
 # enum class DType in csrc/float_formats.h
