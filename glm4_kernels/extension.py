@@ -36,7 +36,7 @@ def extension() -> ModuleType:
 def cuda_extension() -> ModuleType:
     """The compiled module, with its CUDA kernels; RuntimeError if it has none."""
     module = extension()
-    if module.build_info()["cuda"] is None:
+    if not hasattr(module, "quantized_matmul_cuda"):
         raise RuntimeError("glm4_kernels was built without CUDA: install nvcc, then pip install .")
     return module
 
@@ -45,7 +45,8 @@ def build_info() -> dict[str, Any]:
     """What the extension was built with, and what this processor can run.
 
     `compiler`, `cuda` (None without), `cuda_architectures` (CMake's form), `sanitize`,
-    `cpu_features`, `cpu_variants` (inner loops it runs, best first); or only `error`, if there is no extension.
+    `cpu_features`, `cpu_variants` (inner loops it runs, best first); or only `error`, if there is
+    no extension.
     """
     return {"error": _missing} if _C is None else _C.build_info()
 
