@@ -188,7 +188,8 @@ def _flash_decode_partial_kernel(
         k = tl.load(k_ptrs, mask=key_mask[:, None], other=0.0)
         if k.dtype == tl.float8e4nv:  # Triton 3.6 has no fp8 to bf16 on sm_89
             k = k.to(tl.float32)
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        k = k.to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if k_scale_ptr is not None:
             k_scale = k_scale_ptr + page * stride_k_scale_page + kv_head * stride_k_scale_head
             s *= tl.load(k_scale + token, mask=key_mask, other=0.0)[None, :]
@@ -210,7 +211,8 @@ def _flash_decode_partial_kernel(
         v = tl.load(v_ptrs, mask=key_mask[:, None], other=0.0)
         if v.dtype == tl.float8e4nv:
             v = v.to(tl.float32)
-        pv = tl.dot(p.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+        v = v.to(q.dtype)
+        pv = tl.dot(p.to(q.dtype), v, input_precision="ieee")
         acc = acc * decay[:, None] + pv
 
     total = tl.where(total == 0.0, 1.0, total)  # no key seen: acc = 0 and m = -inf
