@@ -360,6 +360,7 @@ def launch_flash_decode(
         ERROR_INDEX=DEVICE_CHECKED.index("flash_decode"),
         num_warps=num_warps,
         num_stages=num_stages,
+        maxnreg=255,  # else ptxas may spill to fit more programs than the plan launches
     )
     if n_splits > 1:
         block_s = triton.next_power_of_2(n_splits)
