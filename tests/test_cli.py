@@ -255,7 +255,11 @@ def test_help_shows_an_example_and_needs_no_torch():
 
 def glm4_process(*arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "glm4", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "glm4", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell's background job ignores Ctrl-C, and what it starts would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
