@@ -23,7 +23,7 @@ EXPECTED = (ValueError, TypeError, OSError, IndexError, FloatingPointError)
 EXAMPLES = """\
 examples:
   glm4 generate --prompt "In the beginning"
-  glm4 generate --model THUDM/GLM-4-9B-0414 --temperature 0.8 --top-p 0.8 < prompt.txt
+  glm4 generate --model zai-org/GLM-4-9B-0414 --temperature 0.8 --top-p 0.8 < prompt.txt
   glm4 env
 """
 

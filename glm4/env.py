@@ -78,7 +78,7 @@ def missing_parts(found: dict[str, Any]) -> list[dict[str, str]]:
     if not gpus and found["torch_cuda"] is None and found["nvidia_driver"]:
         note(
             "a torch built with CUDA (this machine has an NVIDIA driver)",
-            "the GPU stays unused; install torch from the CUDA index of pytorch.org",
+            "the GPU stays unused; install a CUDA build of torch",
         )
     elif not gpus:
         note("an NVIDIA GPU", "models run on the CPU, with the references of the fused ops")

@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from glm4_kernels.library import (
-    DEVICE_CHECKED,
     FLOAT_DTYPES,
     bad_type,
     bad_value,
-    error_flags,
+    error_flag,
     multiprocessor_count,
     register_op,
 )
@@ -134,7 +133,6 @@ def _flash_decode_partial_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     P_RANGE: tl.constexpr,
-    ERROR_INDEX: tl.constexpr,
 ):
     """out = softmax(scale q k^T) v and its lse, over one split of one sequence and KV head.
 
@@ -229,7 +227,7 @@ def _flash_decode_partial_kernel(
     out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(query < n_written)[:, None])
     if bad:
-        tl.store(error_ptr + ERROR_INDEX, 1)
+        tl.store(error_ptr, 1)
 
 
 @triton.jit
@@ -332,7 +330,7 @@ def launch_flash_decode(
     _flash_decode_partial_kernel[(batch * n_kv_heads, n_splits, row_tiles)](
         split_out,
         split_lse,
-        error_flags(q.device),
+        error_flag("flash_decode", q.device),
         rows,
         k_cache,
         v_cache,
@@ -357,7 +355,6 @@ def launch_flash_decode(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         P_RANGE=P_RANGE,
-        ERROR_INDEX=DEVICE_CHECKED.index("flash_decode"),
         num_warps=num_warps,
         num_stages=num_stages,
         maxnreg=255,  # else ptxas may spill to fit more programs than the plan launches

@@ -135,6 +135,12 @@ def error_flags(device: torch.device) -> Tensor:
         return torch.zeros(len(DEVICE_CHECKED), dtype=torch.int32, device=device)
 
 
+@functools.cache
+def error_flag(op: str, device: torch.device) -> Tensor:
+    """The one flag of `op`, int32 []: a view made once, since a kernel takes it at every launch."""
+    return error_flags(device)[DEVICE_CHECKED.index(op)]
+
+
 def raise_device_errors(device: torch.device | str) -> None:
     """Raises if a kernel on `device` masked an index out of range since the last call.
 

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from glm4_kernels.library import (
-    DEVICE_CHECKED,
     FLOAT_DTYPES,
     bad_type,
     bad_value,
-    error_flags,
+    error_flag,
     multiprocessor_count,
     register_op,
 )
@@ -189,7 +188,7 @@ def launch_rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> tuple
     _rope_kernel[(n_tokens * n_blocks,)](
         q_out,
         k_out,
-        error_flags(q.device)[DEVICE_CHECKED.index("rope")],
+        error_flag("rope", q.device),
         q,
         k,
         positions.contiguous(),

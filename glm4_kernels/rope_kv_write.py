@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from glm4_kernels.library import (
-    DEVICE_CHECKED,
     FLOAT_DTYPES,
     bad_type,
     bad_value,
-    error_flags,
+    error_flag,
     multiprocessor_count,
     register_op,
 )
@@ -215,7 +214,7 @@ def launch_rope_kv_write(
         v_cache,
         k_scale,
         v_scale,
-        error_flags(qkv.device)[DEVICE_CHECKED.index("rope_kv_write")],
+        error_flag("rope_kv_write", qkv.device),
         qkv,
         None if bias is None else bias.contiguous(),
         positions.contiguous(),

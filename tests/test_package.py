@@ -139,6 +139,13 @@ def test_import_is_quiet_and_lean():
     assert output == ""
 
 
+def test_readme_examples_run():
+    examples = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        python(example)
+
+
 def test_command_line_starts_without_torch():
     python("""
         import sys, glm4, glm4.cli
