@@ -1,35 +1,54 @@
-// for_each_share: one loop over a few threads, with no state between calls.
+// for_each_share, for_each_block: loops over the threads of a call, on torch's own OpenMP team.
 //
-// Threads are started for the call and joined before it returns. That costs some 30 us a thread
-// (median of start and join on a 2-core EPYC), little beside the milliseconds a large matmul takes,
-// and buys what a pool would have to earn: nothing spins beside torch's own threads, a forked child
-// works, callers do not meet.
+// Not OpenMP of our own: a second team's threads would spin beside torch's while those work, which
+// halves the speed on few cores. Where torch has no OpenMP, and in a forked child (whose team died
+// with the fork), threads are started for the call and joined: some 30 us each.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace glm4 {
 
-// Calls run(share, begin, end) with 0..count cut into n_shares contiguous ranges. `run` must not
-// throw.
+// Runs member(context) on up to n_threads threads at once, the caller's among them, and returns
+// when all are done. `member` must not throw.
+void run_team(int n_threads, void (*member)(void* context), void* context);
+
+// Calls run(share, begin, end) with 0..count cut into n_shares contiguous ranges, a thread each.
 template <typename Run>
 void for_each_share(int n_shares, int64_t count, const Run& run) {
-    const auto start_of = [&](int share) { return count * share / n_shares; };
-    std::vector<std::thread> threads;
-    threads.reserve(n_shares);
-    int share = 0;
-    try {
-        for (; share + 1 < n_shares; ++share) {
-            threads.emplace_back(run, share, start_of(share), start_of(share + 1));
-        }
-    } catch (const std::system_error&) {
-        // The system gives no more threads: the caller's own does the rest.
-    }
-    for (; share < n_shares; ++share) run(share, start_of(share), start_of(share + 1));
-    for (std::thread& thread : threads) thread.join();
+    struct Context {
+        const Run& run;
+        int64_t count;
+        int n_shares;
+        std::atomic<int> next{0};
+    } context{run, count, n_shares};
+    run_team(
+        n_shares,
+        [](void* pointer) {  // the team may be smaller than asked for: shares are claimed
+            Context& c = *static_cast<Context*>(pointer);
+            for (int share; (share = c.next.fetch_add(1)) < c.n_shares;) {
+                c.run(share, c.count * share / c.n_shares, c.count * (share + 1) / c.n_shares);
+            }
+        },
+        &context);
+}
+
+// Calls run(block) for 0..n_blocks in ascending order, each block on whichever thread is free.
+template <typename Run>
+void for_each_block(int n_threads, int64_t n_blocks, const Run& run) {
+    struct Context {
+        const Run& run;
+        int64_t n_blocks;
+        std::atomic<int64_t> next{0};
+    } context{run, n_blocks};
+    run_team(
+        n_threads,
+        [](void* pointer) {
+            Context& c = *static_cast<Context*>(pointer);
+            for (int64_t block; (block = c.next.fetch_add(1)) < c.n_blocks;) c.run(block);
+        },
+        &context);
 }
 
 }  // namespace glm4
