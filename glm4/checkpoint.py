@@ -20,30 +20,22 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import glm4_kernels as gk
 from glm4.model import Config, Model, Weight, check_dtype
+from glm4.tensor_files import STORED_DTYPES, CheckpointError, Stored, find_tensors, read_json
 from glm4_kernels.library import bad_type, bad_value
 
 DEMO = Path(__file__).parent / "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not what it should be; the message, one line, names the file."""
-
-    def __init__(self, message: str) -> None:
-        # It may quote names out of a damaged file.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 @torch.no_grad()
@@ -55,6 +47,7 @@ def load(
     rope_theta: float | None = None,
     rope_mode: str = "reference",
     progress: bool = True,
+    activations: str | None = None,
 ) -> Model:
     """A model from a folder, from the Hugging Face Hub ("org/name"), or the bundled "demo".
 
@@ -66,6 +59,8 @@ def load(
         rope_mode: "reference" rounds RoPE's table as transformers does, "exact" (needed past 256K
             tokens) does not.
         progress: shows a bar on stderr once loading has taken two seconds.
+        activations: of quantised layers, "int8" (the CPU's default) or "float"; see
+            `gk.quantized_matmul`.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or not a supported GLM-4.
@@ -74,6 +69,8 @@ def load(
     prepare = preparer(quantize)
     if rope_mode not in ("reference", "exact"):
         raise bad_value("load", "rope_mode", "'reference' or 'exact'", repr(rope_mode))
+    if activations not in (None, "int8", "float"):
+        raise bad_value("load", "activations", "None, 'int8' or 'float'", repr(activations))
     if dtype != "auto" and str(dtype).removeprefix("torch.") not in DTYPES:
         raise bad_value("load", "dtype", f"'auto', {', '.join(DTYPES)}", repr(dtype))
     target = resolve_device(device)
@@ -104,7 +101,7 @@ def load(
                 read_into(weight, sources[name])
             weights[name] = prepare(name, weight)
             show(done)
-    model = Model(config, weights, target, dtype, rope_mode)
+    model = Model(config, weights, target, dtype, rope_mode, activations)
     model.path = folder
     return model
 
@@ -314,103 +311,6 @@ def read_stop_ids(folder: Path, config_json: dict[str, Any], vocab: Any) -> tupl
             raise CheckpointError(f"{path}: eos_token_id must be token ids, got {token!r}")
     # transformers writes its default ids even into models whose vocabulary ends before them
     return tuple(token for token in ids if type(vocab) is int and token < vocab)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"{max(keys, key=keys.count)!r} stands there twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor on disk."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name of it
-
-    def read(self) -> Tensor:
-        # Opened for each tensor: an open file keeps the pages that were read in this process.
-        with opened(self.path) as file:
-            return file.get_tensor(self.name)
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({str(error) or type(error).__name__})"
-        ) from None
-
-
-def find_tensors(folder: Path) -> tuple[Path, dict[str, Stored]]:
-    """(the file that lists them, every tensor by name) from the headers alone."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return single, {tensor.name: tensor for tensor in tensors_in(single)}
-    if not index.is_file():
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
-        if pickles:
-            raise CheckpointError(
-                f"{folder / pickles[0]}: pickled weights can run code as they load and are not "
-                "read; convert them to safetensors"
-            )
-        raise CheckpointError(f"{folder}: holds neither {single.name} nor {index.name}")
-
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map must be an object of tensor: file")
-    for name, file in weight_map.items():
-        # By its name, not where it resolves to: the Hub's cache is made of links.
-        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-            raise CheckpointError(
-                f"{index}: the file of tensor {name} must be a .safetensors beside it, got {file!r}"
-            )
-    stored = {}
-    for file in sorted(set(weight_map.values())):
-        for tensor in tensors_in(folder / file):
-            if weight_map.get(tensor.name) != file:
-                place = weight_map.get(tensor.name, "no file")
-                raise CheckpointError(
-                    f"{folder / file}: tensor {tensor.name} must not be there: {index.name} "
-                    f"places it in {place}"
-                )
-            stored[tensor.name] = tensor
-    for name, file in weight_map.items():
-        if name not in stored:
-            raise CheckpointError(f"{folder / file}: tensor {name} is missing")
-    return index, stored
-
-
-def tensors_in(path: Path) -> list[Stored]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    with opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return [
-            Stored(path, name, tuple(part.get_shape()), part.get_dtype())
-            for name, part in slices.items()
-        ]
 
 
 # What each of our tensors is called: by transformers, by the remote code. `{}` is the layer; more

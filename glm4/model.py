@@ -174,13 +174,16 @@ class Model:
         device: torch.device,
         dtype: torch.dtype,
         rope_mode: str = "reference",
+        activations: str | None = None,
     ) -> None:
-        """`weights` holds every name of `config.shapes`; `glm4.load` and `random` make them."""
+        """`weights` holds every name of `config.shapes`; `glm4.load` and `random` make them.
+        `activations` is that of `gk.quantized_matmul`, for the weights that are quantised."""
         check_dtype(config, dtype)
         self.config, self.device, self.dtype = config, device, dtype
         self.embedding: Tensor = weights["embedding"]
         self.first_norm: Tensor = weights["layers.0.input_norm"]
         self.lm_head = weights["lm_head"]
+        self.activations = activations
         rope = gk.rope_table(
             config.max_positions,
             config.theta,
@@ -190,7 +193,7 @@ class Model:
             dtype=dtype if rope_mode == "reference" else torch.float32,
             device=device,
         )
-        self.blocks = [Block(config, weights, rope, i) for i in range(config.layers)]
+        self.blocks = [Block(config, weights, rope, i, activations) for i in range(config.layers)]
 
     @classmethod
     @torch.no_grad()
@@ -242,7 +245,7 @@ class Model:
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
         """Next-token logits: [T, hidden] -> float32 [T, vocab]."""
-        return linear(hidden, self.lm_head).float()
+        return linear(hidden, self.lm_head, activations=self.activations).float()
 
     @torch.inference_mode()
     def logits(self, token_ids: Tensor) -> Tensor:
@@ -304,13 +307,18 @@ class Block:
     """Attention and MLP, each followed by "add to the residual, then norm for the next"."""
 
     def __init__(
-        self, config: Config, weights: dict[str, Weight], rope: Tensor, layer: int
+        self,
+        config: Config,
+        weights: dict[str, Weight],
+        rope: Tensor,
+        layer: int,
+        activations: str | None = None,
     ) -> None:
         own = f"layers.{layer}."
         last = layer == config.layers - 1
         self.eps = config.eps
-        self.attention = Attention(config, weights, rope, own)
-        self.mlp = MLP(weights, own)
+        self.attention = Attention(config, weights, rope, own, activations)
+        self.mlp = MLP(weights, own, activations)
         self.post_attention_norm: Tensor | None = weights.get(own + "post_attention_norm")
         self.mlp_norm: Tensor = weights[own + "mlp_norm"]
         self.post_mlp_norm: Tensor | None = weights.get(own + "post_mlp_norm")
@@ -333,13 +341,21 @@ class Block:
 
 
 class Attention:
-    def __init__(self, config: Config, weights: dict[str, Weight], rope: Tensor, own: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        weights: dict[str, Weight],
+        rope: Tensor,
+        own: str,
+        activations: str | None,
+    ) -> None:
         self.rope = rope  # [max_positions, rotary_dim], the same for every layer
         self.heads = config.heads
         self.scale = config.head_dim**-0.5
         self.qkv = weights[own + "qkv"]
         self.qkv_bias: Tensor | None = weights.get(own + "qkv_bias")
         self.o = weights[own + "o"]
+        self.activations = activations
 
     def forward(
         self,
@@ -349,7 +365,7 @@ class Attention:
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> Tensor:
-        qkv = linear(x, self.qkv, self.qkv_bias)  # [T, (H + 2G) * D]
+        qkv = linear(x, self.qkv, self.qkv_bias, self.activations)  # [T, (H + 2G) * D]
         q = gk.rope_kv_write(
             qkv, step.positions, self.rope, k_cache, v_cache, step.slots, self.heads
         )  # [T, H, D]; K and V are in their pages
@@ -359,23 +375,27 @@ class Attention:
             )  # [T, H, D]
         else:
             y = prefill_attention(q, k_cache, v_cache, chunks, self.scale)  # [T, H, D]
-        return linear(y.flatten(1), self.o)  # [T, hidden]
+        return linear(y.flatten(1), self.o, activations=self.activations)  # [T, hidden]
 
 
 class MLP:
-    def __init__(self, weights: dict[str, Weight], own: str) -> None:
+    def __init__(self, weights: dict[str, Weight], own: str, activations: str | None) -> None:
         self.gate_up = weights[own + "gate_up"]
         self.down = weights[own + "down"]
+        self.activations = activations
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(gk.swiglu(linear(x, self.gate_up)), self.down)
+        gate_up = linear(x, self.gate_up, activations=self.activations)  # [T, 2 * ffn]
+        return linear(gk.swiglu(gate_up), self.down, activations=self.activations)
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Weight, bias: Tensor | None = None, activations: str | None = None
+) -> Tensor:
     """x [..., K] @ weight [N, K]^T + bias -> [..., N], whatever form the weight has."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
-    return gk.quantized_matmul(x, weight, bias)
+    return gk.quantized_matmul(x, weight, bias, activations)
 
 
 def add_and_norm(

@@ -411,6 +411,7 @@ def test_hub(tmp_path, monkeypatch):
         ({"dtype": torch.float64}, "load: dtype must be"),
         ({"quantize": "int3"}, "load: quantize must be"),
         ({"rope_mode": "fast"}, "load: rope_mode must be"),
+        ({"activations": "int4"}, "load: activations must be"),
         ({"rope_theta": -1.0}, "rope_theta must be a positive number"),
         ({"rope_theta": "5e6"}, "rope_theta must be a positive number"),
     ],
