@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import gpu, report
+from benchmarks import gpu, quantized, report
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.harness import discover, run_cases
 from benchmarks.model_bench import PLANS, QUICK_PLAN, measure_model
+from benchmarks.peers import PEERS as CPU_PEERS
 from benchmarks.provenance import PEERS, provenance, write_json
 
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -26,12 +27,21 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--json", metavar="FILE", type=Path, help="write all results there")
     top.add_argument("--quick", action="store_true", help="see that all runs; times mean nothing")
     top.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    commands = top.add_subparsers(dest="command", metavar="gpu | report")
+    commands = top.add_subparsers(dest="command", metavar="gpu | quantized | report")
 
     run = commands.add_parser("gpu", help="the GPU run, in resumable stages")
     run.add_argument("--out", metavar="DIR", type=Path, required=True, help="one JSON per stage")
     run.add_argument("--stage", nargs="+", choices=list(gpu.STAGES), help="default: all, in order")
     run.add_argument("--force", action="store_true", help="run stages again that ended well")
+
+    beside = commands.add_parser("quantized", help="int4 and int8 beside every peer, on the CPU")
+    beside.add_argument("--json", metavar="FILE", type=Path, required=True, help="grows by stage")
+    beside.add_argument("--stage", nargs="+", choices=list(quantized.STAGES), help="default: all")
+    beside.add_argument("--peers", nargs="+", choices=list(CPU_PEERS), default=list(CPU_PEERS))
+    beside.add_argument(
+        "--quick", action="store_true", default=argparse.SUPPRESS, help="times mean nothing"
+    )
+    beside.add_argument("--force", action="store_true", help="run stages again that FILE holds")
 
     tables = commands.add_parser("report", help="README tables and plots from committed results")
     tables.add_argument("results", metavar="RESULTS_DIR", type=Path)
@@ -42,7 +52,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    command = {None: run_here, "gpu": run_gpu, "report": run_report}[args.command]
+    command = {
+        None: run_here,
+        "gpu": run_gpu,
+        "quantized": run_quantized,
+        "report": run_report,
+    }[args.command]
     try:
         return command(args)
     except (ValueError, OSError, MemoryError) as error:
@@ -106,6 +121,27 @@ def run_gpu(args: argparse.Namespace) -> int:
     if failed:
         print(f"benchmarks: gpu: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def run_quantized(args: argparse.Namespace) -> int:
+    """Stage by stage; 1 if ours is not right in all of them."""
+    origin = provenance(torch.device("cpu"), args.quick)
+    stages = quantized.held(args.json, origin) if args.json.exists() and not args.force else {}
+    wanted = args.stage or list(quantized.STAGES)
+    for name in wanted:
+        if quantized.complete(stages.get(name), args.peers):
+            console.print(f"{name}: already there", style="dim")
+            continue
+        with console.status(name) as status:
+            say = lambda what, name=name: status.update(f"{name}: {what}")  # noqa: E731
+            effort = quantized.QUICK if args.quick else quantized.Effort()
+            for result in quantized.run_stage(quantized.STAGES[name], args.peers, effort, say):
+                stages[name] = result
+                if not console.is_terminal:
+                    console.print(f"{name}: {len(result['timed'])} of {len(result['tokens'])} done")
+                write_json(args.json, {"provenance": origin, "quantized": stages})
+        console.print(report.quantized_table(name, stages[name]))
+    return 0 if all(quantized.ours_is_right(stages[name]) for name in wanted) else 1
 
 
 def run_report(args: argparse.Namespace) -> int:

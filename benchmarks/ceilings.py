@@ -3,9 +3,11 @@
     copy    bytes read + written per second by a large `copy_`
     read    bytes per second of the fastest large reduction
     matmul  bf16 multiply-adds, two flops each, per second of a large product of random matrices
+    int8    8-bit integer multiply-adds, two operations each, per second (CPU, with the extension)
 
 On CPU `read` is sampled again beside every turn of a contender (`CpuReadProbe`): shared machines
-flip between bandwidths that differ by nearly two, within a second.
+flip between bandwidths that differ by nearly two, within a second. Where the extension is built,
+`read` and `int8` are its loops (csrc/cpu/ceilings.h); torch's reductions stay up to a tenth below.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from glm4_kernels.extension import buffer, extension
 
 MIB = 1 << 20
 # Where the size of the last-level cache cannot be read: larger than most of one socket.
@@ -32,6 +37,7 @@ class Ceilings:
     read: float
     matmul: float
     cache_bytes: int
+    int8: float | None = None  # operations per second
 
     def bandwidth(self, device: torch.device) -> float:
         """The limit that memory-bound ops are held against."""
@@ -42,17 +48,22 @@ def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
     """Measures all three; `quick` shrinks the buffers so far that only their form is right."""
     cache = last_level_cache(device)
     large = (1024 if device.type == "cuda" else 256) * MIB
-    n_bytes = 16 * MIB if quick else max(large, 4 * cache)
+    n_bytes = 16 * MIB if quick else max(large, 8 * cache)
     n = 256 if quick else 8192 if device.type == "cuda" else 2048
     repeats = 2 if quick else 15
 
     x = torch.randn(n_bytes // 4, device=device)
     reductions = (x.sum, x.amax, lambda: x.dot(x))
     read = n_bytes / min(median_seconds(f, device, repeats) for f in reductions)
+    int8 = None
+    if device.type == "cpu" and has_loops():
+        read = max(read, statistics.median(read_bandwidth(x) for _ in range(repeats)))
+        peaks = [multiply_add_peak(0.004, torch.get_num_threads()) for _ in range(repeats)]
+        int8 = statistics.median(peaks)
     copy = 2 * n_bytes / median_seconds(partial(torch.empty_like(x).copy_, x), device, repeats)
     a, b = torch.randn(2, n, n, device=device).to(torch.bfloat16)
     matmul = 2 * n**3 / median_seconds(lambda: a @ b, device, repeats)
-    return Ceilings(copy, read, matmul, cache)
+    return Ceilings(copy, read, matmul, cache, int8)
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -75,15 +86,37 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter_ns() - began) / 1e9
 
 
+def has_loops() -> bool:
+    """Whether the extension was built; its loops see more of the hardware than torch's."""
+    try:
+        return bool(extension())
+    except RuntimeError:
+        return False
+
+
+def read_bandwidth(x: Tensor, variant: str = "") -> float:
+    """Bytes per second of reading a tensor once, on torch's threads."""
+    return extension().cpu_read_bandwidth(buffer(x), torch.get_num_threads(), variant)
+
+
+def multiply_add_peak(seconds: float, threads: int, variant: str = "") -> float:
+    """8-bit integer operations per second, two for a multiply-add; takes about `seconds`."""
+    return extension().cpu_multiply_add_peak(seconds, threads, variant)
+
+
 class CpuReadProbe:
     """Samples the read bandwidth that memory gives right now, in a few milliseconds."""
 
     def __init__(self) -> None:
-        self.x = torch.randn(4 * last_level_cache(torch.device("cpu")) // 4)
+        # With four times the cache, a quarter of what it gave came out of it.
+        self.x = torch.randn(8 * last_level_cache(torch.device("cpu")) // 4)
+        self.has_loops = has_loops()
         self.sample()
 
     def sample(self) -> float:
-        """Bytes per second of one reduction over a buffer of four times the last-level cache."""
+        """Bytes per second of one read of a buffer of eight times the last-level cache."""
+        if self.has_loops:
+            return read_bandwidth(self.x)
         return self.x.nbytes / seconds(self.x.sum, self.x.device)
 
 

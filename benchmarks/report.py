@@ -13,6 +13,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from benchmarks.quantized import compared
+
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 PLOT = "share.svg"
 
@@ -29,9 +31,12 @@ CACHED = "* the input sets fit in a cache, whose ceiling is another"
 
 def duration(timing: Result) -> str:
     """The median, and half the way from p20 to p80 as a share of it."""
+    return f"{length(timing)} ±{(timing['p80_us'] - timing['p20_us']) / 2 / timing['us']:.0%}"
+
+
+def length(timing: Result) -> str:
     us = timing["us"]
-    spread = (timing["p80_us"] - timing["p20_us"]) / 2 / us
-    return (f"{us:.1f} µs" if us < 1000 else f"{us / 1000:.2f} ms") + f" ±{spread:.0%}"
+    return f"{us:.1f} µs" if us < 1000 else f"{us / 1000:.2f} ms"
 
 
 def rate(op: Result, timing: Result) -> str:
@@ -111,6 +116,101 @@ def peak(row: Result) -> str:
     return "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f} GiB"
 
 
+# Quantised linear layers beside every peer (quantized.py)
+
+QUANTIZED_COLUMNS = ("matrix", "M") + 2 * ("ours", "best peer", "its time", "ratio", "of ceiling")
+ACCURACY_COLUMNS = ("contender", "bits per weight", "relative L2", "what is quantised")
+
+
+def quantized_table(name: str, stage: Result) -> Table:
+    """Everybody's times in one stage, for the terminal."""
+    keys = list(dict.fromkeys(key for c in stage["contenders"] for key in c["tokens"]))
+    table = Table(title=matrix(name, stage), **STYLE)
+    table.add_column("who")
+    for column in ("bits", "relative L2", *(f"M = {key}" for key in keys)):
+        table.add_column(column, justify="right")
+    notes = [f"skipped: {line}" for line in stage["skipped"]]
+    for c in stage["contenders"]:
+        if "note" in c:
+            notes.append(f"{c['name']}: {c['note']}")
+            continue
+        notes += [
+            f"{c['name']}, M = {k}: {t['note']}" for k, t in c["tokens"].items() if "note" in t
+        ]
+        cells = [
+            f"{length(t)} {t['share']:.0%}" if "us" in t else f"[red]{t['status']}"
+            for t in c["tokens"].values()
+        ]
+        bits = f"{8 * c['bytes'] / stage['n'] / stage['k']:.2f}"
+        style = "bold" if c["peer"] == "ours" else ""
+        table.add_row(c["name"], bits, accuracy(c), *cells, style=style)
+    table.caption = "\n".join(["shares are of the ceiling sampled beside the turn", *notes])
+    return table
+
+
+def matrix(name: str, stage: Result) -> str:
+    return f"{name} {stage['n']} x {stage['k']}" + (", from L3" if stage["in_cache"] else "")
+
+
+def accuracy(contender: Result) -> str:
+    errors = [t["relative_l2"] for t in contender["tokens"].values() if "relative_l2" in t]
+    return f"{errors[-1]:.4f}" if errors else ""  # of the most rows
+
+
+def quantized_rows(stages: dict[str, Result]) -> Iterator[tuple[str, ...]]:
+    for name, stage in stages.items():
+        for key in dict.fromkeys(key for c in stage["contenders"] for key in c["tokens"]):
+            row = [matrix(name, stage), key]
+            for bits in (4, 8):
+                ours, peer = compared(stage, bits, key)
+                mine = ours and ours["tokens"][key]
+                best = peer and peer["tokens"][key]
+                row += [length(mine) if mine else "none"]
+                row += [peer["name"], length(best)] if best else ["none", ""]
+                row += [f"{best['us'] / mine['us']:.2f}x" if mine and best else ""]
+                row += [f"{mine['share']:.0%}" if mine else ""]
+            yield tuple(row)
+
+
+def accuracy_rows(stages: dict[str, Result]) -> Iterator[tuple[str, ...]]:
+    """From the stage that most contenders took part in."""
+    stage = max(stages.values(), key=lambda s: sum(bool(c["tokens"]) for c in s["contenders"]))
+    for c in sorted(stage["contenders"], key=lambda c: c["bits"]):
+        if c["tokens"]:
+            bits = f"{8 * c['bytes'] / stage['n'] / stage['k']:.2f}"
+            yield c["name"], bits, accuracy(c), c["what"]
+
+
+def quantized_section(stages: dict[str, Result]) -> str:
+    turns = [t for s in stages.values() for c in s["contenders"] for t in c["tokens"].values()]
+    reads = sorted(r for t in turns for r in t.get("read_beside_gb_per_s", ()))
+    peaks = sorted(p for t in turns for p in t.get("peak_beside_gop_per_s", ()))
+    versions = {name: v for s in stages.values() for name, v in s["versions"].items() if v}
+    skipped = sorted({line for s in stages.values() for line in s["skipped"]})
+    lines = [
+        f"Beside {', '.join(f'{name} {version}' for name, version in versions.items())}, one "
+        "interleaved run; weights int4 in groups of 128, int8 per channel."
+    ]
+    if reads:
+        lines.append(
+            f"Sampled beside the turns: read {at(reads, 0.5):.0f} GB/s (quartiles "
+            f"{at(reads, 0.25):.0f} to {at(reads, 0.75):.0f}), 8-bit peak "
+            f"{at(peaks, 0.5) / 1000:.2f} Top/s."
+        )
+    lines += [f"Skipped: {line}." for line in skipped]
+    times = pipes(QUANTIZED_COLUMNS, quantized_rows(stages))
+    errors = pipes(ACCURACY_COLUMNS, accuracy_rows(stages))
+    return (
+        f"**Quantised linear layers: ours beside the best peer, int4 then int8**\n\n"
+        f"{' '.join(lines)}\n\n{times}\n\n<details><summary>Accuracy against fp64 and unrounded "
+        f"weights</summary>\n\n{errors}\n\n</details>"
+    )
+
+
+def at(ascending: list[float], q: float) -> float:
+    return ascending[min(int(q * len(ascending)), len(ascending) - 1)]
+
+
 def load_results(root: Path) -> dict[str, list[Result]]:
     """The result files under `root` by folder, one folder a device; refuses those of --quick."""
     if not root.is_dir():
@@ -138,6 +238,7 @@ def markdown(root: Path, readme: Path) -> str:
         parts.append(f"### {results[0]['provenance']['device']}\n\n{origin(results)}")
         for model in models:
             parts.append(f"**{model_name(model)}**\n\n{pipes(MODEL_COLUMNS, model_rows(model))}")
+        parts += [quantized_section(r["quantized"]) for r in results if r.get("quantized")]
         if ops:
             columns = ("op", "case", "time", "rate", "of ceiling", "vs best peer")
             summary = f"{len(ops)} cases of {len({op['op'] for op in ops})} ops"
@@ -186,7 +287,8 @@ def origin(results: list[Result]) -> str:
         c = ceilings[0]
         lines.append(
             f"Ceilings in the same run: copy {c['copy'] / 1e9:,.0f} GB/s (read + write), read "
-            f"{c['read'] / 1e9:,.0f} GB/s, bf16 matmul {c['matmul'] / 1e12:.3g} TFLOP/s."
+            f"{c['read'] / 1e9:,.0f} GB/s, bf16 matmul {c['matmul'] / 1e12:.3g} TFLOP/s"
+            + (f", int8 {c['int8'] / 1e12:.3g} Top/s." if c.get("int8") else ".")
         )
     for result in results:
         if "tests" in result:

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/ceilings.h"
 #include "cpu/features.h"
 #include "quantized_matmul.h"
 
@@ -26,6 +27,18 @@ static py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
     module.def("build_info", build_info);
+
+    module.def("cpu_ceiling_variants", glm4::cpu_ceiling_variants);
+    module.def("cpu_read_bandwidth", [](Buffer x, int n_threads, const std::string& variant) {
+        py::gil_scoped_release release;
+        return glm4::cpu_read_bandwidth(reinterpret_cast<const void*>(x.first), int64_t(x.second),
+                                        n_threads, variant);
+    });
+    module.def("cpu_multiply_add_peak",
+               [](double seconds, int n_threads, const std::string& variant) {
+                   py::gil_scoped_release release;
+                   return glm4::cpu_multiply_add_peak(seconds, n_threads, variant);
+               });
 
     module.def(
         "quantized_matmul_cpu",

@@ -16,12 +16,21 @@ import pytest
 import torch
 
 import glm4
-from benchmarks import gpu, harness, report
+from benchmarks import gpu, harness, quantized, report
 from benchmarks.__main__ import main
-from benchmarks.ceilings import Ceilings, CpuReadProbe, last_level_cache, measure_ceilings
+from benchmarks.ceilings import (
+    Ceilings,
+    CpuReadProbe,
+    last_level_cache,
+    measure_ceilings,
+    multiply_add_peak,
+    read_bandwidth,
+)
 from benchmarks.harness import Case, discover, gate, run_case, take_turns
 from benchmarks.model_bench import Plan, measure_model
+from benchmarks.peers import PEERS
 from benchmarks.provenance import provenance, shown_command, source_hash
+from glm4_kernels.extension import extension
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy=2e10, read=3e10, matmul=4e11, cache_bytes=1 << 20)
@@ -148,8 +157,29 @@ def test_contenders_take_turns():
 
 def test_ceilings_are_measured():
     ceilings = measure_ceilings(CPU, quick=True)
-    assert all(value > 0 for value in asdict(ceilings).values())
+    assert all(value > 0 for value in asdict(ceilings).values() if value is not None)
+    assert ceilings.int8
     assert last_level_cache(CPU) >= 1 << 18
+
+
+def test_loops_of_the_ceilings():
+    variants = extension().cpu_ceiling_variants()
+    assert variants[-1] == "portable"
+    x = torch.zeros(1 << 20)
+    bytes_multiplied = {"avx512_vnni": 64, "avx_vnni": 32, "avx2": 32, "portable": 16}
+    for variant in variants:
+        assert read_bandwidth(x, variant) > 0
+        peak = multiply_add_peak(0.001, 1, variant)
+        # No more than two instructions a clock at 6 GHz: sums that the compiler merges would be.
+        assert 0 < peak < 2 * 6e9 * 2 * bytes_multiplied[variant], variant
+    assert read_bandwidth(torch.zeros(16 * 67)[: 16 * 65]) > 0  # no multiple of what a round reads
+
+
+def test_loops_of_the_ceilings_reject():
+    with pytest.raises(ValueError, match="variant must be one this processor runs, got nope"):
+        read_bandwidth(torch.zeros(64), "nope")
+    with pytest.raises(ValueError, match="needs 64 bytes at least"):
+        read_bandwidth(torch.zeros(15))
 
 
 def test_every_op_has_its_benchmark():
@@ -244,6 +274,159 @@ def test_stage_of_tests_counts_them(tmp_path):
     )
     outcomes = {test.split("::")[1]: outcome for outcome, test, _ in gpu.run_test_file(file)}
     assert outcomes == {"test_good": "passed", "test_bad": "failed", "test_skipped": "skipped"}
+
+
+# Beside the peers
+
+
+@pytest.fixture
+def small_stage(monkeypatch):
+    """One stage, of a layer that takes no time."""
+    stage = quantized.Stage(128, 256, (1, 3))
+    monkeypatch.setattr(quantized, "STAGES", {"small": stage})
+    monkeypatch.setattr(quantized, "rotate_bytes", lambda stage: 1 << 16)
+    return stage
+
+
+def test_quantized_runs_and_resumes(small_stage, tmp_path, capsys):
+    file = tmp_path / "quantized.json"
+    assert main(["quantized", "--quick", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    stage = result["quantized"]["small"]
+    assert result["provenance"]["quick"] and stage["timed"] == [1, 3]
+    took_part = {c["peer"] for c in stage["contenders"]}
+    assert {"ours", "torch_linear"} <= took_part
+    for peer, package in PEERS.items():  # here or named as missing
+        assert (peer in took_part) != any(line.startswith(package) for line in stage["skipped"])
+    for contender in stage["contenders"]:
+        assert contender["copies"] * contender["bytes"] >= 1 << 16, contender
+        for figures in contender["tokens"].values():
+            assert figures["status"] == "ok", (contender["name"], figures)
+            assert 0 < figures["relative_l2"] <= quantized.TOLERANCE[contender["bits"]]
+            assert figures["us"] > 0 and figures["share"] > 0
+    printed = capsys.readouterr().out
+    assert "glm4_kernels int4 g128" in printed and "torch int8pack" in printed
+
+    written = file.read_bytes()
+    assert main(["quantized", "--quick", "--json", str(file)]) == 0
+    assert file.read_bytes() == written and "already there" in capsys.readouterr().out
+    assert quantized.held(file, result["provenance"]) == result["quantized"]
+    assert quantized.held(file, result["provenance"] | {"source_hash": "another"}) == {}
+
+
+def test_a_peer_that_dies_is_named():
+    peer = quantized.PeerProcess("torch_linear", 1)
+    peer.process.kill()
+    with pytest.raises(quantized.PeerError, match=r"its process died \(-9\)"):
+        peer.describe()
+    peer.close()
+    peer = quantized.PeerProcess("nope", 1)
+    with pytest.raises(quantized.PeerError, match="No module named"):
+        peer.describe()
+    peer.close()
+    assert peer.process.poll() == 0, "it leaves when its parent has gone"
+
+
+class FakePeer:
+    """Multiplies rightly up to `error`, and takes the times it is given, others' share beside."""
+
+    def __init__(self, rows, times, foreign=(0.0,), error=0.0):
+        self.rows, self.error = rows, error
+        self.times, self.foreign = list(times), list(foreign)
+        self.turns = 0
+
+    def multiply(self, name, x):
+        return x @ self.rows.T * (1 + self.error)
+
+    def turn(self, name, seconds):
+        time, foreign = (of[min(self.turns, len(of) - 1)] for of in (self.times, self.foreign))
+        self.turns += 1
+        if time is None:
+            raise quantized.PeerError("its process died (-11)")
+        return {"times": [time], "foreign": foreign}
+
+
+class FakeProbe:
+    def sample(self):
+        return 1e9, 1e12
+
+
+def measured(**peers) -> dict[str, dict]:
+    """Figures of ours and of int4 peers, each (times, foreign, error), at M = 1."""
+    stage = quantized.Stage(100, 200, (1,))
+    rows = quantized.random_rows(stage)
+    entrants = [
+        quantized.Entrant(
+            FakePeer(rows, **what),
+            {"name": name, "peer": name, "bits": 4, "bytes": 10_000, "tokens": {}},
+        )
+        for name, what in peers.items()
+    ]
+    effort = quantized.Effort(rounds=5)
+    quantized.measure(entrants, rows, 1, stage, effort, FakeProbe(), lambda what: None)
+    return {e.name: e.result["tokens"]["1"] | {"asked": e.peer.turns} for e in entrants}
+
+
+def test_turns_of_peers():
+    figures = measured(
+        ours={"times": [20e-6, 40e-6, 20e-6, 10e-6, 20e-6]},
+        wrong={"times": [1e-6], "error": 0.16},
+        nan={"times": [1e-6], "error": float("nan")},
+        slow={"times": [100e-6]},
+        late={"times": [100e-6, 20e-6]},
+        dies={"times": [20e-6, None]},
+        disturbed={"times": [50e-6, 20e-6], "foreign": [0.5, 0.0]},
+    )
+    ours = figures["ours"]
+    assert ours["us"] == pytest.approx(20) and ours["p75_us"] == pytest.approx(20)
+    assert ours["share"] == pytest.approx(0.5)  # 10 kB at 1 GB/s
+    assert ours["share_of_peak"] == pytest.approx(2 * 100 * 200 / 1e12 / 20e-6)
+    for name in ("wrong", "nan"):
+        assert figures[name]["status"] == "wrong" and figures[name]["asked"] == 0
+        assert "us" not in figures[name]
+    assert figures["slow"]["asked"] == 2 and figures["late"]["asked"] == 6
+    assert figures["dies"]["note"] == "its process died (-11)"
+    assert figures["disturbed"]["turns_us"] == [pytest.approx(20)] * 5
+    assert figures["disturbed"]["asked"] == 6
+
+
+def test_weights_are_rows_that_divide_them():
+    for stage in quantized.STAGES.values():
+        rows = quantized.random_rows(stage)
+        assert stage.n % len(rows) == 0 and len(rows) >= 100 and rows.shape[1] == stage.k
+        assert rows.std() == pytest.approx(0.02, rel=0.01)
+
+
+def test_report_of_the_peers(committed):
+    def contender(peer, name, bits, us):
+        figures = {"status": "ok", "relative_l2": 0.1, "us": us, "share": 0.5}
+        figures |= {"read_beside_gb_per_s": [50.0], "peak_beside_gop_per_s": [2000]}
+        return {
+            "peer": peer,
+            "name": name,
+            "bits": bits,
+            "bytes": 100,
+            "what": "all",
+            "tokens": {"1": figures},
+        }
+
+    stage = {"n": 10, "k": 20, "in_cache": False, "versions": {"torch": "9.9"}}
+    stage["skipped"] = ["openvino: not here"]
+    stage["contenders"] = [
+        contender("ours", "ours int4", 4, 20.0),
+        contender("ours", "ours int8", 8, 30.0),
+        contender("a", "peer a", 4, 50.0),
+        contender("b", "peer b", 8, 27.0),
+        contender("c", "plain bf16", 16, 40.0),
+    ]
+    result = {"provenance": ORIGIN, "quantized": {"o": stage}}
+    (committed / "results" / "cpu" / "quantized.json").write_text(json.dumps(result))
+    assert report_on(committed) == 0
+    text = (committed / "README.md").read_text()
+    row = "| o 10 x 20 | 1 | 20.0 µs | plain bf16 | 40.0 µs | 2.00x | 50% | 30.0 µs | peer b | "
+    assert row + "27.0 µs | 0.90x | 50% |" in text
+    assert "torch 9.9" in text and "Skipped: openvino: not here." in text and "peer a" in text
+    assert report_on(committed, "--check") == 0
 
 
 # The whole model

@@ -1,0 +1,47 @@
+"""glm4_kernels.quantized_matmul, in the forms the model uses."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+
+from benchmarks.peers import Contender, Layer, Problem
+from glm4_kernels.extension import extension
+from glm4_kernels.quantize import QuantizedWeight, quantize
+from glm4_kernels.quantized_matmul import quantized_matmul
+
+
+def contenders() -> list[Contender]:
+    extension()  # the fallback in torch is no contender
+    forms = (("int4 g128", 4, 128), ("int4 g32", 4, 32), ("int8", 8, None))
+    return [
+        Contender(
+            f"glm4_kernels {name}",
+            bits,
+            f"weights symmetric, {f'groups of {group}' if group else 'per channel'}; activations "
+            "int8 by group; bf16 in and out",
+            partial(prepare, bits, group),
+        )
+        for name, bits, group in forms
+    ]
+
+
+def prepare(bits: int, group_size: int | None, problem: Problem) -> Layer:
+    torch.set_num_threads(problem.threads)
+    weight = torch.from_numpy(problem.rows).repeat(problem.repeats, 1)
+    first = quantize(weight, bits, group_size)
+    others = problem.copies(first.nbytes) - 1
+    return Layer(
+        nbytes=first.nbytes,
+        copies=[first, *(copy.deepcopy(first) for _ in range(others))],
+        input=lambda x: torch.from_numpy(x).bfloat16(),
+        run=run,
+        output=lambda y: y.float().numpy(),
+    )
+
+
+@torch.inference_mode()
+def run(weight: QuantizedWeight, x: torch.Tensor) -> torch.Tensor:
+    return quantized_matmul(x, weight)
