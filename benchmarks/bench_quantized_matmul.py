@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.harness import Case
 from benchmarks.shapes import SHAPES, TOKENS
-from glm4_kernels.quantize import QuantizedWeight
 from glm4_kernels.quantized_matmul import quantized_matmul
+from glm4_kernels.quantized_weight import QuantizedWeight
 
 DTYPE = torch.bfloat16
 TOLERANCE = 0.015
@@ -57,6 +57,7 @@ def case(matrix: str, bits: int, n_tokens: int, device: torch.device) -> Case:
 
 def random_weight(n: int, k: int, bits: int, device: torch.device) -> QuantizedWeight:
     """Uniform integers: the kernels do not look at values, and quantising takes longer."""
-    packed = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, device=device)
-    scale = torch.rand(n, k // (GROUP_SIZE[bits] or k), device=device).to(DTYPE)
-    return QuantizedWeight(packed, scale, None, bits, GROUP_SIZE[bits], (n, k))
+    qweight = QuantizedWeight.empty((n, k), bits, GROUP_SIZE[bits], DTYPE, None, device)
+    qweight.packed.random_(0, 256)
+    qweight.scale.uniform_(0.5, 1.0)
+    return qweight

@@ -40,28 +40,32 @@ PYBIND11_MODULE(_C, module) {
                    return glm4::cpu_multiply_add_peak(seconds, n_threads, variant);
                });
 
-    module.def(
-        "quantized_matmul_cpu",
-        [](Buffer y, Buffer x, Buffer packed, Buffer scale, Buffer zero_point, Buffer bias,
-           int dtype, int scale_dtype, int64_t m, int64_t n, int64_t k, int bits,
-           int64_t group_size, bool int8_activations, int n_threads, const std::string& variant) {
-            py::gil_scoped_release release;
-            glm4::quantized_matmul_cpu(
-                glm4::checked_quantized_matmul(y, x, packed, scale, zero_point, bias, dtype,
-                                               scale_dtype, m, n, k, bits, group_size),
-                int8_activations, n_threads, variant);
-        });
+    module.def("quantized_matmul_cpu",
+               [](Buffer y, Buffer x, Buffer packed, Buffer scale, Buffer zero_point, Buffer bias,
+                  int dtype, int scale_dtype, int zero_point_dtype, int64_t m, int64_t n, int64_t k,
+                  int bits, int64_t group_size, int64_t activation_group, bool swiglu,
+                  int n_threads, const std::string& variant) {
+                   py::gil_scoped_release release;
+                   const glm4::Arguments arguments{
+                       y, x, packed, scale, zero_point, bias, dtype, scale_dtype, zero_point_dtype,
+                       m, n, k,      bits,  group_size};
+                   glm4::quantized_matmul_cpu(
+                       glm4::checked_quantized_matmul(arguments, glm4::Layout::tiles, swiglu),
+                       activation_group, n_threads, variant);
+               });
 
 #ifdef GLM4_CUDA_VERSION
     module.def("quantized_matmul_cuda",
                [](Buffer y, Buffer x, Buffer packed, Buffer scale, Buffer zero_point, Buffer bias,
-                  int dtype, int scale_dtype, int64_t m, int64_t n, int64_t k, int bits,
-                  int64_t group_size, int device, std::uintptr_t stream) {
+                  int dtype, int scale_dtype, int zero_point_dtype, int64_t m, int64_t n, int64_t k,
+                  int bits, int64_t group_size, int device, std::uintptr_t stream) {
                    py::gil_scoped_release release;
+                   const glm4::Arguments arguments{
+                       y, x, packed, scale, zero_point, bias, dtype, scale_dtype, zero_point_dtype,
+                       m, n, k,      bits,  group_size};
                    glm4::quantized_matmul_cuda(
-                       glm4::checked_quantized_matmul(y, x, packed, scale, zero_point, bias, dtype,
-                                                      scale_dtype, m, n, k, bits, group_size),
-                       device, stream);
+                       glm4::checked_quantized_matmul(arguments, glm4::Layout::rows, false), device,
+                       stream);
                });
 #endif
 }

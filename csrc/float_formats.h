@@ -16,9 +16,11 @@
 namespace glm4 {
 
 // The numbers are known to glm4_kernels/extension.py.
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, uint8 = 3 };
 
-GLM4_HOST_DEVICE int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+GLM4_HOST_DEVICE int64_t size_of(DType dtype) {
+    return dtype == DType::float32 ? 4 : dtype == DType::uint8 ? 1 : 2;
+}
 
 GLM4_HOST_DEVICE uint32_t bits_of(float value) {
     uint32_t bits;
@@ -74,6 +76,8 @@ GLM4_HOST_DEVICE float load_float(const void* data, DType dtype, int64_t i) {
             return bfloat16_to_float(static_cast<const uint16_t*>(data)[i]);
         case DType::float16:
             return float16_to_float(static_cast<const uint16_t*>(data)[i]);
+        case DType::uint8:
+            return float(static_cast<const uint8_t*>(data)[i]);
         default:
             return static_cast<const float*>(data)[i];
     }

@@ -19,45 +19,51 @@ static void require_bytes(const char* name, Buffer buffer, int64_t count, int64_
     require(buffer.first % item_bytes == 0, std::string(name) + " is not aligned to its items");
 }
 
-static void require_pieces(const char* name, Buffer buffer) {
-    require(buffer.first % PIECE_BYTES == 0, std::string(name) + " must be aligned to 16 bytes");
-}
-
-static DType checked_dtype(int code) {
-    require(0 <= code && code <= 2, "unknown dtype code " + std::to_string(code));
+static DType checked_dtype(int code, int largest) {
+    require(0 <= code && code <= largest, "unknown dtype code " + std::to_string(code));
     return DType(code);
 }
 
-QuantizedMatmul checked_quantized_matmul(Buffer y, Buffer x, Buffer packed, Buffer scale,
-                                         Buffer zero_point, Buffer bias, int dtype, int scale_dtype,
-                                         int64_t m, int64_t n, int64_t k, int bits,
-                                         int64_t group_size) {
+QuantizedMatmul checked_quantized_matmul(const Arguments& a, Layout layout, bool swiglu) {
     constexpr int64_t LIMIT = int64_t(1) << 31;  // of each size, so that no product overflows
-    require(0 <= m && m < LIMIT && 0 < n && n < LIMIT && 0 < k && k < LIMIT && k % 32 == 0,
-            "impossible sizes M " + std::to_string(m) + ", N " + std::to_string(n) + ", K " +
-                std::to_string(k));
-    require(bits == 4 || bits == 8, "bits must be 4 or 8, got " + std::to_string(bits));
-    require(group_size > 0 && group_size % 32 == 0 && k % group_size == 0,
-            "group size " + std::to_string(group_size) + " does not divide K " + std::to_string(k));
-    const DType value = checked_dtype(dtype), factor = checked_dtype(scale_dtype);
-    const int64_t n_groups = n * (k / group_size);
-    require_bytes("y", y, m * n, size_of(value));
-    require_bytes("x", x, m * k, size_of(value));
-    require_bytes("packed", packed, n * (k * bits / 8), 1);
-    require_bytes("scale", scale, n_groups, size_of(factor));
-    if (zero_point.first) require_bytes("zero_point", zero_point, n_groups, 1);
-    if (bias.first) require_bytes("bias", bias, n, size_of(value));
-    require_pieces("x", x);
-    require_pieces("packed", packed);
+    require(0 <= a.m && a.m < LIMIT && 0 < a.n && a.n < LIMIT && 0 < a.k && a.k < LIMIT &&
+                a.k % 32 == 0,
+            "impossible sizes M " + std::to_string(a.m) + ", N " + std::to_string(a.n) + ", K " +
+                std::to_string(a.k));
+    require(a.bits == 4 || a.bits == 8, "bits must be 4 or 8, got " + std::to_string(a.bits));
+    require(a.group_size > 0 && a.group_size % 32 == 0 && a.k % a.group_size == 0 &&
+                (a.group_size <= MAX_CHUNK || a.group_size == a.k),
+            "group size " + std::to_string(a.group_size) + " does not divide K " +
+                std::to_string(a.k) + " or is larger than 128");
+    require(!swiglu || (layout == Layout::tiles && a.n % (2 * TILE_ROWS) == 0),
+            "swiglu needs N a multiple of 32, got " + std::to_string(a.n));
+    const DType value = checked_dtype(a.dtype, 2), factor = checked_dtype(a.scale_dtype, 2);
+    const DType zero = checked_dtype(a.zero_point_dtype, 3);
+    const int64_t rows =
+        layout == Layout::rows ? a.n : (a.n + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    const int64_t n_scales = rows * (a.k / a.group_size);
+    require_bytes("y", a.y, a.m * (swiglu ? a.n / 2 : a.n), size_of(value));
+    require_bytes("x", a.x, a.m * a.k, size_of(value));
+    require_bytes("packed", a.packed, rows * (a.k * a.bits / 8), 1);
+    require_bytes("scale", a.scale, n_scales, size_of(factor));
+    if (a.zero_point.first) require_bytes("zero_point", a.zero_point, n_scales, size_of(zero));
+    if (a.bias.first) require_bytes("bias", a.bias, a.n, size_of(value));
+    if (layout == Layout::rows) {
+        require(a.x.first % PIECE_BYTES == 0, "x must be aligned to 16 bytes");
+        require(a.packed.first % PIECE_BYTES == 0, "packed must be aligned to 16 bytes");
+    }
 
     const auto at = [](Buffer buffer) { return reinterpret_cast<void*>(buffer.first); };
-    return {at(y),
-            at(x),
-            at(bias),
-            value,
-            m,
-            {static_cast<const uint8_t*>(at(packed)), at(scale), factor,
-             static_cast<const uint8_t*>(at(zero_point)), bits, group_size, n, k}};
+    const QuantizedWeight w = {static_cast<const uint8_t*>(at(a.packed)),
+                               at(a.scale),
+                               factor,
+                               at(a.zero_point),
+                               zero,
+                               a.bits,
+                               a.group_size,
+                               a.n,
+                               a.k};
+    return {at(a.y), at(a.x), at(a.bias), value, a.m, w, swiglu};
 }
 
 }  // namespace glm4

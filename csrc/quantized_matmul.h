@@ -11,28 +11,41 @@
 namespace glm4 {
 
 struct QuantizedMatmul {
-    void* y;           // [M][N], dtype
+    void* y;           // [M][N], dtype; [M][N / 2] with swiglu
     const void* x;     // [M][K], dtype
     const void* bias;  // [N], dtype; or null
     DType dtype;
     int64_t m;
     QuantizedWeight w;
+    bool swiglu;
 };
+
+// Activations that share a scale, at most.
+constexpr int MAX_CHUNK = 128;
+
+enum class Layout { tiles, rows };
 
 // Address and length in bytes of a tensor's memory; address 0 for an absent one.
 using Buffer = std::pair<std::uintptr_t, std::size_t>;
 
+// As Python passes it; `zero_point` and `bias` may be absent. Codes of DType.
+struct Arguments {
+    Buffer y, x, packed, scale, zero_point, bias;
+    int dtype, scale_dtype, zero_point_dtype;
+    int64_t m, n, k;
+    int bits;
+    int64_t group_size;
+};
+
 // The problem, if every buffer has exactly the bytes its sizes call for; else throws.
-QuantizedMatmul checked_quantized_matmul(Buffer y, Buffer x, Buffer packed, Buffer scale,
-                                         Buffer zero_point, Buffer bias, int dtype, int scale_dtype,
-                                         int64_t m, int64_t n, int64_t k, int bits,
-                                         int64_t group_size);
+QuantizedMatmul checked_quantized_matmul(const Arguments& arguments, Layout layout, bool swiglu);
 
 // The inner loops that this processor can run, best first.
 std::vector<std::string> cpu_variants();
 
-// `variant`: one of those; empty for the best. All give the same bits.
-void quantized_matmul_cpu(const QuantizedMatmul& problem, bool int8_activations, int n_threads,
+// `activation_group`: activations that share a scale, a multiple of 32; 0: not rounded. `variant`:
+// one of those above; empty for the best. All give the same bits.
+void quantized_matmul_cpu(const QuantizedMatmul& problem, int64_t activation_group, int n_threads,
                           const std::string& variant);
 
 // Enqueues on `stream` of `device`; throws on a launch error.

@@ -3,8 +3,9 @@
 from glm4_kernels.add_rms_norm import add_rms_norm
 from glm4_kernels.flash_decode import flash_decode
 from glm4_kernels.merge_attention import merge_attention
-from glm4_kernels.quantize import QuantizedWeight, quantize
+from glm4_kernels.quantize import quantize
 from glm4_kernels.quantized_matmul import quantized_matmul
+from glm4_kernels.quantized_weight import QuantizedWeight
 from glm4_kernels.rms_norm import rms_norm
 from glm4_kernels.rope import rope
 from glm4_kernels.rope_kv_write import rope_kv_write

@@ -21,7 +21,7 @@ except ImportError as error:
     _missing = str(error)
 
 # enum class DType in csrc/float_formats.h
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 # (address, bytes) of a tensor that is not there
 ABSENT = (0, 0)
 

@@ -7,14 +7,17 @@ activations="int8": each row of x is first rounded to int8, a scale per group of
 
     s = max|x| / 127        q = round_half_even(x / s)        x ~ s * q
 
-A = min(weight group, 128), 128 per channel (the last group of a row may be shorter). Then
+A = min(weight group, ACTIVATION_GROUP) (the last group of a row may be shorter). Then
 
-    y = sum over groups of (scale * s) * (sum of q * u - z * sum of q) + bias
+    y = sum over weight groups of scale * (sum over its A-groups of s * sum of q * (u - z)) + bias
 
-with the inner sums exact in int32 and the outer ones in fp32, in the order of K.
+with the innermost sums exact in int32 and the outer ones in fp32, in the order of K. The innermost
+sum is of q * (u - h), h = 2^(bits-1), and a zero point adds (h - z) * sum of s * q after it.
+
+swiglu: the rows of W are gate | up, y = silu(gate half) * up half, as `swiglu` rounds it.
 
 Rounding points: s, x / s and q as above; fp32 accumulation; bias added in fp32; one rounding to the
-dtype of x.
+dtype of x, and those of swiglu.
 
 Bytes moved: N * K * bits / 8 + scales and zero points + (M * K + M * N) * itemsize; the floor is
 that over the memory bandwidth for few rows, and 2 * M * N * K over the matmul peak for many.
@@ -29,16 +32,26 @@ from torch import Tensor
 
 from glm4_kernels.extension import DTYPE_CODES, aligned, buffer, cuda_extension, extension
 from glm4_kernels.library import FLOAT_DTYPES, bad_type, bad_value, register_op
-from glm4_kernels.quantize import BITS, BLOCK, GROUP_SIZES, QuantizedWeight, dequantize
+from glm4_kernels.quantized_weight import (
+    BITS,
+    BLOCK,
+    GROUP_SIZES,
+    TILE,
+    QuantizedWeight,
+    dequantize,
+    in_tiles,
+)
+from glm4_kernels.swiglu import launch_swiglu, swiglu_reference
 
 ACTIVATIONS = ("int8", "float")
-MAX_ACTIVATION_GROUP = 128
+# Activations that share a scale, at most.
+ACTIVATION_GROUP = 64
 
 
 def quantize_activations(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
     """x [M, K] -> int8 [M, K], and the fp32 scales [M, ceil(K / A)]. A group that holds a NaN or an
     infinity gets that as its scale, so that the output shows it."""
-    group = min(group_size or MAX_ACTIVATION_GROUP, MAX_ACTIVATION_GROUP)
+    group = min(group_size or ACTIVATION_GROUP, ACTIVATION_GROUP)
     n_cols = x.shape[1]
     padding = -n_cols % group
     groups = torch.nn.functional.pad(x.float(), (0, padding)).unflatten(1, (-1, group))
@@ -55,22 +68,47 @@ def quantized_matmul_reference(
     scale: Tensor,
     zero_point: Tensor | None,
     bias: Tensor | None,
+    n: int,
     bits: int,
     group_size: int | None,
     int8_activations: bool,
+    swiglu: bool,
 ) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     if int8_activations:
-        q, step = quantize_activations(rows, group_size)
-        group = min(group_size or MAX_ACTIVATION_GROUP, MAX_ACTIVATION_GROUP)
-        step = step.to(compute).repeat_interleave(group, dim=1)[:, : rows.shape[1]]
-        rows = q.to(compute) * step
-    weight = dequantize(packed, scale, zero_point, bits, compute)
-    y = rows.to(compute) @ weight.t()
+        qweight = QuantizedWeight(packed, scale, zero_point, bits, group_size, (n, x.shape[-1]))
+        y = int8_product(rows, qweight, compute)
+    else:
+        y = rows.to(compute) @ dequantize(packed, scale, zero_point, bits, compute)[:n].t()
     if bias is not None:
         y = y + bias.to(compute)
-    return y.to(x.dtype).reshape(*x.shape[:-1], packed.shape[0])
+    y = y.to(x.dtype).reshape(*x.shape[:-1], n)
+    return swiglu_reference(y) if swiglu else y
+
+
+def int8_product(x: Tensor, qweight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """x W^T with activations rounded to int8, [M, N], outer sums in `dtype`: step for step what the
+    kernels do, so that in fp32 the bits are theirs."""
+    q, step = quantize_activations(x, qweight.group_size)
+    u, scale, zero_point = qweight.codes()
+    middle = 2 ** (qweight.bits - 1)
+    u, q, step, scale = (u.to(dtype) - middle).t(), q.to(dtype), step.to(dtype), scale.to(dtype)
+    k, n = u.shape
+    group = qweight.group_size or k
+    chunk = min(group, ACTIVATION_GROUP)
+    y = torch.zeros(len(x), n, dtype=dtype, device=x.device)
+    for g in range(k // group):
+        product, total = torch.zeros_like(y), y.new_zeros(len(x), 1)
+        for start in range(g * group, (g + 1) * group, chunk):
+            columns = slice(start, min(start + chunk, (g + 1) * group))
+            s = step[:, start // chunk].unsqueeze(1)
+            product = product + q[:, columns] @ u[columns] * s  # integers below 2^24: exact
+            total = total + q[:, columns].sum(1, keepdim=True) * s
+        if zero_point is not None:
+            product = product - (zero_point[:, g].to(dtype) - middle) * total
+        y = y + scale[:, g] * product
+    return y
 
 
 def launch_quantized_matmul(
@@ -79,31 +117,38 @@ def launch_quantized_matmul(
     scale: Tensor,
     zero_point: Tensor | None,
     bias: Tensor | None,
+    n: int,
     bits: int,
     group_size: int | None,
     int8_activations: bool,
+    swiglu: bool,
     variant: str = "",
 ) -> Tensor:
     """The C++ kernel on CPU tensors (`variant`: its inner loops, of build_info()["cpu_variants"],
     the best by default), the CUDA kernel on CUDA tensors."""
+    on_cpu = x.device.type == "cpu"
+    # Tiles of gate and up must pair.
+    fused = swiglu and on_cpu and n % (2 * TILE) == 0
     k = x.shape[-1]
-    n = packed.shape[0]
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    x, packed = aligned(x), aligned(packed)
-    bias = None if bias is None else bias.contiguous()
-    problem: tuple[Any, ...] = (
-        *(buffer(t) for t in (y, x, packed, scale, zero_point, bias)),
-        *(DTYPE_CODES[t.dtype] for t in (x, scale)),
-        *(y.numel() // n, n, k, bits, group_size or k),
-    )
-    if x.device.type == "cpu":
-        n_threads = torch.get_num_threads()
-        extension().quantized_matmul_cpu(*problem, int8_activations, n_threads, variant)
-    else:
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        cuda_extension().quantized_matmul_cuda(*problem, x.device.index, stream)
+    columns = n // 2 if fused else n
+    y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    if y.numel():
+        x = x.contiguous() if on_cpu else aligned(x)
+        bias = None if bias is None else bias.contiguous()
+        problem: tuple[Any, ...] = (
+            *(buffer(t) for t in (y, x, packed, scale, zero_point, bias)),
+            *(0 if t is None else DTYPE_CODES[t.dtype] for t in (x, scale, zero_point)),
+            *(y.numel() // columns, n, k, bits, group_size or k),
+        )
+        if on_cpu:
+            activation_group = ACTIVATION_GROUP if int8_activations else 0
+            n_threads = torch.get_num_threads()
+            extension().quantized_matmul_cpu(*problem, activation_group, fused, n_threads, variant)
+        else:
+            stream = torch.cuda.current_stream(x.device).cuda_stream
+            cuda_extension().quantized_matmul_cuda(*problem, x.device.index, stream)
+    if swiglu and not fused:
+        y = swiglu_reference(y) if on_cpu else launch_swiglu(y)
     return y
 
 
@@ -113,9 +158,11 @@ def check_quantized_matmul(
     scale: Tensor,
     zero_point: Tensor | None,
     bias: Tensor | None,
+    n: int,
     bits: int,
     group_size: int | None,
     int8_activations: bool,
+    swiglu: bool,
 ) -> None:
     op = "quantized_matmul"
     if bits not in BITS:
@@ -133,20 +180,28 @@ def check_quantized_matmul(
     if int8_activations and x.device.type == "cuda":
         raise bad_value(op, "activations", "'float' on CUDA (int8 is for the CPU)", "'int8'")
 
+    if n < 1 or (swiglu and n % 2):
+        raise bad_value(op, "n", "even with swiglu" if n > 0 else "at least 1", n)
+
     n_groups = k // (group_size or k)
+    if in_tiles(x.device):
+        n_tiles = -(-n // TILE)
+        packed_shape, scale_shape = [n_tiles, TILE * k * bits // 8], [n_tiles, n_groups, TILE]
+    else:
+        packed_shape, scale_shape = [n, k * bits // 8], [n, n_groups]
     if packed.dtype != torch.uint8:
         raise bad_type(op, "packed", torch.uint8, packed.dtype)
-    if packed.dim() != 2 or packed.shape[0] == 0 or packed.shape[1] != k * bits // 8:
-        raise bad_value(op, "packed", f"[N, {k * bits // 8}]", list(packed.shape))
-    n = packed.shape[0]
+    if list(packed.shape) != packed_shape:
+        raise bad_value(op, "packed", packed_shape, list(packed.shape))
     if scale.dtype not in FLOAT_DTYPES:
         raise bad_type(op, "scale", "float32, bfloat16 or float16", scale.dtype)
-    if scale.shape != (n, n_groups):
-        raise bad_value(op, "scale", f"[{n}, {n_groups}]", list(scale.shape))
-    if zero_point is not None and zero_point.dtype != torch.uint8:
-        raise bad_type(op, "zero_point", torch.uint8, zero_point.dtype)
-    if zero_point is not None and zero_point.shape != scale.shape:
-        raise bad_value(op, "zero_point", f"[{n}, {n_groups}]", list(zero_point.shape))
+    if list(scale.shape) != scale_shape:
+        raise bad_value(op, "scale", scale_shape, list(scale.shape))
+    if zero_point is not None and zero_point.dtype not in (torch.uint8, *FLOAT_DTYPES):
+        expected = "uint8, float32, bfloat16 or float16"
+        raise bad_type(op, "zero_point", expected, zero_point.dtype)
+    if zero_point is not None and list(zero_point.shape) != scale_shape:
+        raise bad_value(op, "zero_point", scale_shape, list(zero_point.shape))
     if bias is not None and bias.dtype != x.dtype:
         raise bad_type(op, "bias", x.dtype, bias.dtype)
     if bias is not None and bias.shape != (n,):
@@ -165,13 +220,15 @@ def check_quantized_matmul(
 
 _quantized_matmul = register_op(
     "quantized_matmul(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, "
-    "int bits, int? group_size, bool int8_activations) -> Tensor",
+    "int n, int bits, int? group_size, bool int8_activations, bool swiglu) -> Tensor",
     check=check_quantized_matmul,
     reference=quantized_matmul_reference,
     launch=launch_quantized_matmul,
     launch_needs_triton=False,
     cpu=launch_quantized_matmul,
-    fake=lambda x, packed, *_: x.new_empty((*x.shape[:-1], packed.shape[0])),
+    fake=lambda x, _packed, _scale, _zero_point, _bias, n, _bits, _group_size, _int8, swiglu: (
+        x.new_empty((*x.shape[:-1], n // 2 if swiglu else n))
+    ),
 )
 
 
@@ -180,6 +237,7 @@ def quantized_matmul(
     qweight: QuantizedWeight,
     bias: Tensor | None = None,
     activations: str | None = None,
+    swiglu: bool = False,
 ) -> Tensor:
     """x W^T + bias with a weight from `quantize`.
 
@@ -190,9 +248,10 @@ def quantized_matmul(
         activations: "float" takes x as it is; "int8" rounds it per row and group first (the module
             says how), which is what runs at the speed of a CPU, and is for the CPU only; None is
             "int8" on CPU and "float" elsewhere.
+        swiglu: the rows of the weight are gate | up, and silu(gate) * up is returned.
 
     Returns:
-        [..., N], contiguous, dtype of x.
+        [..., N], or [..., N / 2] with swiglu; contiguous, dtype of x.
 
     Raises:
         ValueError: shapes, device or activations are wrong. TypeError: a dtype is.
@@ -205,13 +264,17 @@ def quantized_matmul(
         raise bad_value("quantized_matmul", "activations", "'int8', 'float' or None", activations)
     if x.dim() and x.shape[-1] != qweight.shape[1]:
         raise bad_value("quantized_matmul", "x", f"[..., {qweight.shape[1]}]", list(x.shape))
+    if qweight.order is not None:
+        x = x.index_select(-1, qweight.order)
     return _quantized_matmul(
         x,
         qweight.packed,
         qweight.scale,
         qweight.zero_point,
         bias,
+        qweight.shape[0],
         qweight.bits,
         qweight.group_size,
         activations == "int8",
+        swiglu,
     )

@@ -120,13 +120,13 @@ def merge_attention(dtype, device):
     return outs[0], lses[0], outs[1], lses[1]
 
 
-def quantized_matmul(bits, group_size, symmetric, bias, int8_activations):
+def quantized_matmul(bits, group_size, symmetric, bias, int8_activations, swiglu=False):
     def make(dtype, device):
         weight = gk.quantize(torch.randn(24, 128), bits, group_size, symmetric).to(device)
         x = rows(dtype, device, 128, 5).t()
         added = rows(dtype, device, 24) if bias else None
         weights = weight.packed, weight.scale, weight.zero_point
-        return x, *weights, added, bits, group_size, int8_activations
+        return x, *weights, added, 24, bits, group_size, int8_activations, swiglu
 
     return make
 
@@ -157,18 +157,18 @@ EXAMPLES = [
         quantized_matmul(4, 64, False, True, True),
         devices=("cpu",),
     ),
+    Example("quantized_matmul", "swiglu", quantized_matmul(4, 64, True, True, False, swiglu=True)),
 ]
 # The same op through its public function, where that takes other arguments than the op.
 PUBLIC: dict[str, Callable[..., Any]] = {
     "flash_decode": lambda *arguments: gk.flash_decode(*arguments, return_lse=True),
-    "quantized_matmul": lambda x, packed, scale, zero_point, bias, bits, group_size, int8: (
+    "quantized_matmul": lambda x, packed, scale, zero, bias, n, bits, group_size, int8, swiglu: (
         gk.quantized_matmul(
             x,
-            gk.QuantizedWeight(
-                packed, scale, zero_point, bits, group_size, (packed.shape[0], x.shape[-1])
-            ),
+            gk.QuantizedWeight(packed, scale, zero, bits, group_size, (n, x.shape[-1])),
             bias,
             "int8" if int8 else "float",
+            swiglu,
         )
     ),
 }

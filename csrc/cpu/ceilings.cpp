@@ -14,7 +14,7 @@ namespace glm4 {
 static const std::vector<std::pair<std::string, CeilingLoops>>& variants() {
     static const auto found = [] {
         std::vector<std::pair<std::string, CeilingLoops>> list;
-#ifdef GLM4_WITH_X86_CEILINGS
+#ifdef GLM4_X86
         if (has_feature("avx512f") && has_feature("avx512_vnni")) {
             list.emplace_back("avx512_vnni", ceiling_loops_avx512_vnni());
         }

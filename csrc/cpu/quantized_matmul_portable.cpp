@@ -1,9 +1,105 @@
-// quantized_matmul for any processor.
+// quantized_matmul for any processor: lanes are plain arrays.
+#include "quantized_matmul.h"
+
+namespace glm4 {
+namespace {
+
+struct Lanes {
+    struct Int {
+        int32_t lane[TILE_ROWS];
+    };
+    struct Float {
+        float lane[TILE_ROWS];
+    };
+    static constexpr int M_TILE = 2, N_TILES = 1, ONE_ROW_TILES = 1;
+    template <int BITS>
+    static constexpr int32_t BIAS = 0;
+
+    static Int set(int32_t x) {
+        Int y;
+        for (int32_t& lane : y.lane) lane = x;
+        return y;
+    }
+    static Float set(float x) {
+        Float y;
+        for (float& lane : y.lane) lane = x;
+        return y;
+    }
+    static Float load(const float* x) {
+        Float y;
+        memcpy(&y, x, sizeof(y));
+        return y;
+    }
+    static void store(float* out, const Float& x) { memcpy(out, &x, sizeof(x)); }
+    static Float load_as_float(const void* data, DType dtype, int64_t i) {
+        Float y;
+        for (int j = 0; j < TILE_ROWS; ++j) y.lane[j] = load_float(data, dtype, i + j);
+        return y;
+    }
+    static Float to_float(const Int& x) {
+        Float y;
+        for (int j = 0; j < TILE_ROWS; ++j) y.lane[j] = float(x.lane[j]);
+        return y;
+    }
+    static Float add(Float a, const Float& b) {
+        for (int j = 0; j < TILE_ROWS; ++j) a.lane[j] += b.lane[j];
+        return a;
+    }
+    static Float sub(Float a, const Float& b) {
+        for (int j = 0; j < TILE_ROWS; ++j) a.lane[j] -= b.lane[j];
+        return a;
+    }
+    static Float mul(Float a, const Float& b) {
+        for (int j = 0; j < TILE_ROWS; ++j) a.lane[j] *= b.lane[j];
+        return a;
+    }
+
+    template <int BITS, int MT, int NT>
+    static void dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT],
+                      const int8_t* const (&x)[MT]) {
+        constexpr int QUADS = 8 / BITS;  // in a block
+        for (int n = 0; n < NT; ++n) {
+            for (int quad = 0; quad < 8; ++quad) {
+                const uint8_t* block = w[n] + quad / QUADS * BLOCK_BYTES;
+                const int shift = quad % QUADS * 4;
+                for (int m = 0; m < MT; ++m) {
+                    const int8_t* from = x[m] + quad * 4;
+                    for (int j = 0; j < TILE_ROWS; ++j) {
+                        int32_t sum = 0;
+                        for (int i = 0; i < 4; ++i) {
+                            const int u =
+                                BITS == 8 ? block[4 * j + i] : block[4 * j + i] >> shift & 15;
+                            sum += u * from[i];
+                        }
+                        acc[n][m].lane[j] += sum;
+                    }
+                }
+            }
+        }
+    }
+
+    template <int BITS>
+    static void unpack32(const uint8_t* w, const Float& z, float* out) {
+        constexpr int QUADS = 8 / BITS;
+        for (int k = 0; k < 32; ++k) {
+            const uint8_t* block = w + k / 4 / QUADS * BLOCK_BYTES;
+            const int shift = k / 4 % QUADS * 4;
+            for (int j = 0; j < TILE_ROWS; ++j) {
+                const uint8_t byte = block[4 * j + k % 4];
+                const int u = BITS == 8 ? byte : byte >> shift & 15;
+                out[k * TILE_ROWS + j] = float(u) - z.lane[j];
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace glm4
+
 #include "quantized_matmul_loops.h"
 
 namespace glm4 {
 
-const MultiplyVariant MULTIPLY_PORTABLE = {"portable", multiply_any_bits<int16_t, int32_t>,
-                                           multiply_any_bits<float, float>};
+const MultiplyVariant MULTIPLY_PORTABLE = GLM4_MULTIPLY_VARIANT("portable");
 
 }  // namespace glm4

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
         const Piece piece = load_piece(packed + k * BITS / 8);
         const int64_t group = group_index(w, n, k);
         const float scale = scale_at(w, group);
-        const int zero_point = zero_point_at(w, group);
+        const float zero_point = zero_point_at(w, group);
 
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
                     const int u = weight_in_piece<BITS>(piece.bytes, i / 16, i % 16 + j);
-                    part += float(u - zero_point) * x[j];
+                    part += (float(u) - zero_point) * x[j];
                 }
             }
             acc[r] += scale * part;
@@ -133,11 +133,11 @@ __global__ void __launch_bounds__(THREADS) tile_kernel(QuantizedMatmul problem, 
             const Piece piece = load_piece(w.packed + n * row_bytes(w) + (k + column) * BITS / 8);
             const int64_t group = group_index(w, n, k + column);
             const float scale = scale_at(w, group);
-            const int zero_point = zero_point_at(w, group);
+            const float zero_point = zero_point_at(w, group);
 #pragma unroll
             for (int j = 0; j < WEIGHTS<BITS>; ++j) {
                 const int u = weight_in_piece<BITS>(piece.bytes, j / 16, j % 16);
-                w_tile[column + j][row] = scale * float(u - zero_point);
+                w_tile[column + j][row] = scale * (float(u) - zero_point);
             }
         }
     };

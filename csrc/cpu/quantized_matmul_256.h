@@ -1,0 +1,127 @@
+// The 16 lanes of quantized_matmul_loops.h as two 256-bit registers: what AVX2, AVX-VNNI and the
+// 256-bit form of AVX512-VNNI share. A block of 64 bytes is taken in halves, 8 rows each.
+#pragma once
+
+#include <immintrin.h>
+
+#include "quantized_matmul.h"
+
+namespace glm4 {
+namespace {
+
+struct Lanes256 {
+    struct Int {
+        __m256i half[2];
+    };
+    struct Float {
+        __m256 half[2];
+    };
+    static constexpr int M_TILE = 2, N_TILES = 1, ONE_ROW_TILES = 2;
+    template <int BITS>
+    static constexpr int32_t BIAS = 0;
+
+    static Int set(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
+    static Float set(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+    static Float load(const float* x) { return {{_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}}; }
+    static void store(float* out, const Float& x) {
+        _mm256_storeu_ps(out, x.half[0]);
+        _mm256_storeu_ps(out + 8, x.half[1]);
+    }
+    static Float to_float(const Int& x) {
+        return {{_mm256_cvtepi32_ps(x.half[0]), _mm256_cvtepi32_ps(x.half[1])}};
+    }
+    static Float add(const Float& a, const Float& b) {
+        return {{_mm256_add_ps(a.half[0], b.half[0]), _mm256_add_ps(a.half[1], b.half[1])}};
+    }
+    static Float sub(const Float& a, const Float& b) {
+        return {{_mm256_sub_ps(a.half[0], b.half[0]), _mm256_sub_ps(a.half[1], b.half[1])}};
+    }
+    static Float mul(const Float& a, const Float& b) {
+        return {{_mm256_mul_ps(a.half[0], b.half[0]), _mm256_mul_ps(a.half[1], b.half[1])}};
+    }
+
+    static Float load_as_float(const void* data, DType dtype, int64_t i) {
+        const auto eight = [&](int64_t at) {
+            const uint16_t* from = static_cast<const uint16_t*>(data) + at;
+            switch (dtype) {
+                case DType::bfloat16:
+                    return _mm256_castsi256_ps(_mm256_slli_epi32(
+                        _mm256_cvtepu16_epi32(
+                            _mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
+                        16));
+                case DType::float16:
+                    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+                case DType::uint8:
+                    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(
+                        reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(data) + at))));
+                default:
+                    return _mm256_loadu_ps(static_cast<const float*>(data) + at);
+            }
+        };
+        return {{eight(i), eight(i + 8)}};
+    }
+
+    static __m256i bytes(const uint8_t* from) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    }
+    static __m256i quad(const int8_t* x) {
+        int32_t four;
+        memcpy(&four, x, sizeof(four));
+        return _mm256_set1_epi32(four);
+    }
+    // The codes of quad 0 or 1 of half a block.
+    template <int BITS>
+    static __m256i codes(__m256i block, int quad) {
+        if (BITS == 8) return block;
+        return _mm256_and_si256(quad ? _mm256_srli_epi16(block, 4) : block, _mm256_set1_epi8(15));
+    }
+
+    template <int BITS>
+    static void unpack32(const uint8_t* w, const Float& z, float* out) {
+        constexpr int QUADS = 8 / BITS;
+        const __m256i mask = _mm256_set1_epi32(BITS == 8 ? 255 : 15);
+        for (int block = 0; block < 8 / QUADS; ++block) {
+            for (int half = 0; half < 2; ++half) {
+                const __m256i u = bytes(w + block * BLOCK_BYTES + half * 32);
+                for (int i = 0; i < 4 * QUADS; ++i) {
+                    const int shift = i % 4 * 8 + i / 4 * 4;
+                    const __m256i code = _mm256_and_si256(_mm256_srli_epi32(u, shift), mask);
+                    const int k = block * QUADS * 4 + i;
+                    _mm256_storeu_ps(out + k * TILE_ROWS + half * 8,
+                                     _mm256_sub_ps(_mm256_cvtepi32_ps(code), z.half[half]));
+                }
+            }
+        }
+    }
+
+    // dot32 for processors with vpdpbusd, given as `dpbusd`.
+    template <int BITS, int MT, int NT, typename Dpbusd>
+    static void vnni_dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT],
+                           const int8_t* const (&x)[MT], const Dpbusd& dpbusd) {
+        constexpr int QUADS = 8 / BITS;
+#pragma GCC unroll 8
+        for (int block = 0; block < 8 / QUADS; ++block) {
+#pragma GCC unroll 2
+            for (int n = 0; n < NT; ++n) {
+                const uint8_t* from = w[n] + block * BLOCK_BYTES;
+                _mm_prefetch(reinterpret_cast<const char*>(from + PREFETCH_BYTES), _MM_HINT_T0);
+                const __m256i packed[2] = {bytes(from), bytes(from + 32)};
+#pragma GCC unroll 2
+                for (int i = 0; i < QUADS; ++i) {
+                    const __m256i u[2] = {codes<BITS>(packed[0], i), codes<BITS>(packed[1], i)};
+#pragma GCC unroll 2
+                    for (int m = 0; m < MT; ++m) {
+                        const __m256i four = quad(x[m] + (block * QUADS + i) * 4);
+                        acc[n][m].half[0] = dpbusd(acc[n][m].half[0], u[0], four);
+                        acc[n][m].half[1] = dpbusd(acc[n][m].half[1], u[1], four);
+                    }
+                }
+            }
+        }
+    }
+
+    static constexpr int PREFETCH_BYTES = 2048;
+};
+
+}  // namespace
+}  // namespace glm4
