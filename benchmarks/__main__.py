@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import gpu, quantized, report
+from benchmarks import cpu_model, gpu, quantized, report
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.harness import discover, run_cases
 from benchmarks.model_bench import PLANS, QUICK_PLAN, measure_model
@@ -27,7 +27,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--json", metavar="FILE", type=Path, help="write all results there")
     top.add_argument("--quick", action="store_true", help="see that all runs; times mean nothing")
     top.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    commands = top.add_subparsers(dest="command", metavar="gpu | quantized | report")
+    commands = top.add_subparsers(dest="command", metavar="cpu-model | gpu | quantized | report")
+
+    heats = commands.add_parser(
+        "cpu-model", help="whole models on the CPU beside transformers and llama.cpp, 8 minutes"
+    )
+    heats.add_argument(
+        "--json", metavar="FILE", type=Path, default=argparse.SUPPRESS, help="write results there"
+    )
+    heats.add_argument("--quick", action="store_true", default=argparse.SUPPRESS)
+    heats.add_argument("--heat", nargs="+", metavar="NAME", help="only these; default: all")
 
     run = commands.add_parser("gpu", help="the GPU run, in resumable stages")
     run.add_argument("--out", metavar="DIR", type=Path, required=True, help="one JSON per stage")
@@ -54,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     command = {
         None: run_here,
+        "cpu-model": run_cpu_model,
         "gpu": run_gpu,
         "quantized": run_quantized,
         "report": run_report,
@@ -110,6 +120,26 @@ def announced(origin: dict[str, Any]) -> dict[str, Any]:
     if missing:
         console.print(f"skipped: not installed: {', '.join(missing)}", style="dim")
     return origin
+
+
+def run_cpu_model(args: argparse.Namespace) -> int:
+    """The heats of whole models, each contender in its own process."""
+    heats = cpu_model.QUICK_HEATS if args.quick else cpu_model.HEATS
+    names = [heat.name for heat in heats]
+    unknown = [name for name in args.heat or () if name not in names]
+    if unknown:
+        raise ValueError(f"--heat must name some of {names}, got {unknown}")
+    chosen = tuple(heat for heat in heats if not args.heat or heat.name in args.heat)
+    device = torch.device("cpu")
+    result = {"provenance": provenance(device, args.quick, cpu_model.PEERS), "heats": []}
+    for heat in chosen:
+        with console.status(heat.name) as status:
+            for done in cpu_model.measure_heat(heat, torch.get_num_threads(), status.update):
+                if args.json:
+                    write_json(args.json, result | {"heats": [*result["heats"], done]})
+        result["heats"].append(done)
+        console.print(report.heat_table(done))
+    return 0
 
 
 def run_gpu(args: argparse.Namespace) -> int:

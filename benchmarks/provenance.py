@@ -28,8 +28,10 @@ VERSIONS = ("torch", "triton", "numpy")
 PEERS = ("transformers", "flashinfer-python", "liger-kernel", "quack-kernels", "flash-attn")
 
 
-def provenance(device: torch.device, quick: bool = False) -> dict[str, Any]:
-    versions = {name: installed_version(name) for name in VERSIONS + PEERS}
+def provenance(
+    device: torch.device, quick: bool = False, peers: tuple[str, ...] = PEERS
+) -> dict[str, Any]:
+    versions = {name: installed_version(name) for name in VERSIONS + peers}
     cuda = device.type == "cuda"
     return {
         "device": device_name(device),

@@ -112,6 +112,78 @@ def model_rows(model: Result) -> Iterator[tuple[str, ...]]:
         yield f"generate, {row['engine']}", str(row["batch"]), tokens, speed, "", first, peak(row)
 
 
+HEAT_COLUMNS = (
+    "who",
+    "bits a weight",
+    "GB a token",
+    "decode, tokens/s",
+    "GB/s",
+    "of roofline",
+    "prefill, tokens/s",
+    "of the matmuls",
+    "quantised, M/s",
+    "peak",
+)
+
+
+def heat_table(heat: Result) -> Table:
+    table = Table(title=heat_name(heat), **STYLE)
+    for i, name in enumerate(HEAT_COLUMNS):
+        table.add_column(name, justify="right" if i else "left")
+    for row in heat_rows(heat):
+        table.add_row(*row)
+    table.caption = "\n".join(f"skipped: {reason}" for reason in heat["skipped"])
+    return table
+
+
+def heat_name(heat: Result) -> str:
+    layers = "all" if heat["all_layers"] else heat["layers"]
+    sizes = f"{layers} layers, vocabulary {heat['vocab']:,}"
+    return f"{heat['model']}, {sizes}, {heat['prompt']} tokens of prompt, random weights"
+
+
+def heat_rows(heat: Result) -> Iterator[tuple[str, ...]]:
+    """Medians; for the speeds half the way from p20 to p80 too."""
+    for who in heat["contenders"]:
+        decode, prefill = who["decode"], who["prefill"]
+        of_matmuls = prefill.get("of_matmuls")
+        quantised = who.get("quantised_weights_per_s")
+        yield (
+            who["name"],
+            f"{who['linear_bits']:.2f}",
+            f"{who['bytes_per_token'] / 1e9:.2f}",
+            speed(decode),
+            f"{decode['gb_per_s']:.1f}",
+            f"{decode['share']:.0%}",
+            speed(prefill),
+            "" if of_matmuls is None else f"{of_matmuls:.0%}",
+            "" if quantised is None else f"{quantised / 1e6:.0f}",
+            peak(who),
+        )
+
+
+def speed(timing: Result) -> str:
+    median = timing["tokens_per_s"]
+    return f"{median:.4g} ±{(timing['p80'] - timing['p20']) / 2 / median:.0%}"
+
+
+BUDGET_COLUMNS = ("who", "pass", "op", "calls a layer", "µs a layer", "share")
+
+
+def budget_rows(heat: Result) -> Iterator[tuple[str, ...]]:
+    """Each op of our passes, largest first, and Python between them."""
+    for who in heat["contenders"]:
+        for name, budget in who.get("budgets", {}).items():
+            layers, whole = heat["layers"], budget["ms"] * 1e3
+            for op, row in budget["ops"].items():
+                us = row["us"] * row["calls"]
+                calls = f"{row['calls'] / layers:.3g}"
+                if us >= 0.001 * whole:
+                    yield who["name"], name, op, calls, f"{us / layers:.0f}", f"{us / whole:.1%}"
+            rest = budget["rest_us"]
+            yield who["name"], name, "rest", "", f"{rest / layers:.0f}", f"{rest / whole:.1%}"
+
+
 def peak(row: Result) -> str:
     return "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f} GiB"
 
@@ -235,10 +307,17 @@ def markdown(root: Path, readme: Path) -> str:
     for folder, results in load_results(root).items():
         ops = [op for result in results for op in result.get("ops", ())]
         models = [model for result in results for model in result.get("models", ())]
+        heats = [heat for result in results for heat in result.get("heats", ())]
         parts.append(f"### {results[0]['provenance']['device']}\n\n{origin(results)}")
         for model in models:
             parts.append(f"**{model_name(model)}**\n\n{pipes(MODEL_COLUMNS, model_rows(model))}")
         parts += [quantized_section(r["quantized"]) for r in results if r.get("quantized")]
+        for heat in heats:
+            parts.append(f"**{heat_name(heat)}**\n\n{pipes(HEAT_COLUMNS, heat_rows(heat))}")
+            if any("budgets" in who for who in heat["contenders"]):
+                table = pipes(BUDGET_COLUMNS, budget_rows(heat))
+                summary = "Where the time goes, op by op"
+                parts.append(f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>")
         if ops:
             columns = ("op", "case", "time", "rate", "of ceiling", "vs best peer")
             summary = f"{len(ops)} cases of {len({op['op'] for op in ops})} ops"

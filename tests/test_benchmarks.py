@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import glm4
-from benchmarks import gpu, harness, quantized, report
+from benchmarks import cpu_model, gpu, harness, quantized, report
 from benchmarks.__main__ import main
 from benchmarks.ceilings import (
     Ceilings,
@@ -465,15 +465,91 @@ def test_model_result(model_result):
     ] * 2
 
 
+# Heats of whole models on the CPU
+
+TINY = replace(
+    glm4.PRESETS["glm-4-9b"],
+    layers=40, hidden=128, ffn=192, heads=4, kv_heads=2, vocab=320, max_positions=1024,
+    eos_token_ids=(0,),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def heat_result():
+    """A heat on three layers, the third of which repeats; without llama.cpp."""
+    names = ("glm4 int4", "glm4 bf16", "transformers bf16", "llama.cpp Q4_0")
+    heat = cpu_model.Heat("tiny", names, 3, 320, 16, 2, 0.01, model="tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(glm4.PRESETS, "tiny", TINY)
+        patch.setattr(cpu_model, "missing_contenders", lambda: {names[3]: "not installed: pip …"})
+        *_, result = cpu_model.measure_heat(heat, 1, lambda what: None)
+    return json.loads(json.dumps(result))
+
+
+def test_heat_result(heat_result):
+    assert heat_result["skipped"] == ["llama.cpp Q4_0: not installed: pip …"]
+    assert heat_result["layers"] == 3 and not heat_result["all_layers"]
+    who = {row["name"]: row for row in heat_result["contenders"]}
+    assert list(who) == ["glm4 int4", "glm4 bf16", "transformers bf16"]
+    linear = 3 * (128 * (8 * 128) + 128 * (4 * 128) + 3 * 128 * 192) + 320 * 128
+    vectors = 3 * (8 * 128 + 2 * 128) + 128  # biases and norms
+    cache = 2 * 3 * 2 * 128 * 16  # K and V, layers, heads, head_dim, tokens
+    for name in ("glm4 bf16", "transformers bf16"):
+        assert who[name]["bytes_per_token"] == 2 * (linear + vectors + cache)
+        assert who[name]["linear_bits"] == 16
+    assert who["transformers bf16"]["relative_l2_of_logits"] < 0.02
+    assert 4 < who["glm4 int4"]["linear_bits"] < 6  # scales, and a head of 8 bits
+    for row in who.values():
+        decode, prefill = row["decode"], row["prefill"]
+        assert decode["p20"] <= decode["tokens_per_s"] <= decode["p80"]
+        assert decode["share"] > 0 and prefill["tokens_per_s"] > 0
+        assert len(decode["turns_ms"]) == len(decode["read_beside_gb_per_s"]) == 2
+    assert 0 < who["glm4 int4"]["prefill"]["of_matmuls"] < 1
+    budgets = who["glm4 int4"]["budgets"]
+    for phase, layer_ops in (("decode", 3), ("prefill", 3)):
+        ops = budgets[phase]["ops"]
+        assert [ops[kind]["calls"] for kind in ("qkv", "o", "gate_up", "down")] == [layer_ops] * 4
+        assert ops["lm_head"]["calls"] == 1
+        assert 0 < budgets[phase]["rest_us"] < 1e3 * budgets[phase]["ms"]
+
+
+def test_heat_takes_the_layers_that_fit():
+    heat = cpu_model.Heat("h", ("glm4 bf16", "glm4 int8"), 40)
+    layer = 4096 * (36 * 128) + 4096 * 4096 + 3 * 4096 * 13696
+    two_gib = 2 << 30
+    few, more = (cpu_model.fitted(heat, free).layers for free in (12 << 30, (12 << 30) + two_gib))
+    assert 0 < few < more < 40
+    assert more - few == pytest.approx(0.85 * two_gib / (3.02 * layer), abs=1)
+    assert cpu_model.fitted(heat, 1 << 40).layers == 40
+    with pytest.raises(MemoryError, match="h: one layer of each contender takes"):
+        cpu_model.fitted(heat, 1 << 30)
+
+
+def test_a_contender_that_is_wrong_or_dies_is_named(monkeypatch):
+    monkeypatch.setitem(glm4.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(cpu_model, "TOLERANCE", {"bf16": 0.0, "int4": 1e-6})
+    heat = cpu_model.Heat("tiny", ("glm4 bf16", "glm4 int4"), 1, 320, 4, 1, 0.0, model="tiny")
+    with pytest.raises(ValueError, match="glm4 int4: logits are off by relative L2"):
+        list(cpu_model.measure_heat(heat, 1, lambda what: None))
+    with pytest.raises(ChildProcessError, match=r"_exit: its process died \(7\)"):
+        cpu_model.in_process(os._exit, (7,))
+
+
+def test_heats_are_named_on_the_command_line(capsys):
+    assert main(["cpu-model", "--heat", "nope"]) == 2
+    assert "got ['nope']" in one_line(capsys.readouterr().err)
+
+
 # The report
 
 
 @pytest.fixture
-def committed(tmp_path, model_result):
+def committed(tmp_path, model_result, heat_result):
     """A repository's README and results, the README up to date."""
     folder = tmp_path / "results" / "cpu"
     folder.mkdir(parents=True)
     result = {"provenance": ORIGIN, "ceilings": asdict(CEILINGS), "models": [model_result]}
+    result["heats"] = [heat_result]
     result["ops"] = [result_of(doubling(peer=lambda x: x + x))]
     (folder / "cpu.json").write_text(json.dumps(result))
     readme = tmp_path / "README.md"
@@ -495,6 +571,8 @@ def test_report_writes_the_tables(committed):
         "| double | 1,000 values |",
         "x peer |",
         "tiny, bfloat16, random weights",
+        "**tiny, 3 layers, vocabulary 320, 16 tokens of prompt, random weights**",
+        "| glm4 int4 | prefill | gate_up |",
     ):
         assert expected in text
     assert report_on(committed, "--check") == 0
