@@ -5,6 +5,11 @@
 
 #include "cpu/ceilings.h"
 #include "cpu/features.h"
+#include "cpu/merge_attention.h"
+#include "cpu/norm.h"
+#include "cpu/rope.h"
+#include "cpu/simd.h"
+#include "cpu/swiglu.h"
 #include "quantized_matmul.h"
 
 namespace py = pybind11;
@@ -22,11 +27,19 @@ static py::dict build_info() {
     info["cuda_architectures"] = GLM4_CUDA_ARCHITECTURES;
     info["cpu_features"] = glm4::cpu_features();
     info["cpu_variants"] = glm4::cpu_variants();
+    info["simd_variants"] = glm4::simd_variants();
     return info;
 }
 
 PYBIND11_MODULE(_C, module) {
     module.def("build_info", build_info);
+
+    const py::call_guard<py::gil_scoped_release> no_gil;
+    module.def("merge_attention_cpu", glm4::merge_attention_cpu, no_gil);
+    module.def("norm_cpu", glm4::norm_cpu, no_gil);
+    module.def("rope_cpu", glm4::rope_cpu, no_gil);
+    module.def("rope_kv_write_cpu", glm4::rope_kv_write_cpu, no_gil);
+    module.def("swiglu_cpu", glm4::swiglu_cpu, no_gil);
 
     module.def("cpu_ceiling_variants", glm4::cpu_ceiling_variants);
     module.def("cpu_read_bandwidth", [](Buffer x, int n_threads, const std::string& variant) {

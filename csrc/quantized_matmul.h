@@ -1,11 +1,10 @@
 // y = x W^T + bias; the formula and its rounding points are in glm4_kernels/quantized_matmul.py.
 #pragma once
 
-#include <cstddef>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "buffer.h"
 #include "quantized_weight.h"
 
 namespace glm4 {
@@ -24,9 +23,6 @@ struct QuantizedMatmul {
 constexpr int MAX_CHUNK = 128;
 
 enum class Layout { tiles, rows };
-
-// Address and length in bytes of a tensor's memory; address 0 for an absent one.
-using Buffer = std::pair<std::uintptr_t, std::size_t>;
 
 // As Python passes it; `zero_point` and `bias` may be absent. Codes of DType.
 struct Arguments {

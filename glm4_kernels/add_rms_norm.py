@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm4_kernels.library import as_rows, bad_type, bad_value, register_op
+from glm4_kernels.extension import ABSENT, DTYPE_CODES, HAS_EXTENSION, buffer, extension
+from glm4_kernels.library import as_rows, bad_type, bad_value, register_op, strided_rows
 from glm4_kernels.rms_norm import check_rms_norm, rms_norm_reference, rms_normalise, row_warps
 from glm4_kernels.triton_import import tl, triton
 
@@ -83,6 +84,35 @@ def launch_add_rms_norm(
     return y, residual_out
 
 
+def add_rms_norm_cpu(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str = ""
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    n_cols = x.shape[-1]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    residual_out = torch.empty_like(y)
+    x_rows, stride_x = strided_rows(x)
+    residual_rows, stride_residual = strided_rows(residual)
+    weight = weight.contiguous()
+    extension().norm_cpu(
+        buffer(y),
+        buffer(residual_out),
+        buffer(x_rows),
+        buffer(residual_rows),
+        ABSENT,
+        buffer(weight),
+        DTYPE_CODES[x.dtype],
+        y.numel() // n_cols,
+        n_cols,
+        stride_x,
+        stride_residual,
+        eps,
+        torch.get_num_threads(),
+        variant,
+    )
+    return y, residual_out
+
+
 def check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
     check_rms_norm(x, weight, eps, op="add_rms_norm")
     check_residual("add_rms_norm", x, residual)
@@ -102,6 +132,7 @@ _add_rms_norm = register_op(
     check=check_add_rms_norm,
     reference=add_rms_norm_reference,
     launch=launch_add_rms_norm,
+    cpu=add_rms_norm_cpu if HAS_EXTENSION else None,
     fake=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
 

@@ -19,6 +19,7 @@ try:
     _C = importlib.import_module("glm4_kernels._C")
 except ImportError as error:
     _missing = str(error)
+HAS_EXTENSION = _C is not None
 
 # enum class DType in csrc/float_formats.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -45,17 +46,21 @@ def build_info() -> dict[str, Any]:
     """What the extension was built with, and what this processor can run.
 
     `compiler`, `cuda` (None without), `cuda_architectures` (CMake's form), `sanitize`,
-    `cpu_features`, `cpu_variants` (inner loops it runs, best first); or only `error`, if there is
-    no extension.
+    `cpu_features`, `cpu_variants` and `simd_variants` (inner loops it runs, best first, of
+    `quantized_matmul` and of the other ops); or only `error`, if there is no extension.
     """
     return {"error": _missing} if _C is None else _C.build_info()
 
 
 def buffer(tensor: Tensor | None) -> tuple[int, int]:
-    """Address and bytes of a contiguous tensor's memory."""
+    """Address of a tensor's first value, and bytes from there: its own if contiguous, else to the
+    end of its memory."""
     if tensor is None:
         return ABSENT
-    return tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    begin = int(tensor.storage_offset()) * tensor.element_size()
+    return tensor.data_ptr(), tensor.untyped_storage().nbytes() - begin
 
 
 def aligned(tensor: Tensor) -> Tensor:

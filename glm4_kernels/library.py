@@ -47,6 +47,14 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def strided_rows(x: Tensor) -> tuple[Tensor, int]:
+    """What `as_rows` gives, or x itself where its memory is the same, and the stride of a row."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    rows = as_rows(x)
+    return rows, rows.stride(0)
+
+
 def register_op(
     schema: str,
     *,
@@ -68,9 +76,9 @@ def register_op(
         reference: plain PyTorch; the specification, and the implementation where nothing better is.
         launch: the CUDA implementation; it neither validates nor synchronises.
         fake: allocates the outputs and computes nothing.
-        check_values: raises on values out of range; called on CPU, where reading data costs no
-            synchronisation (on CUDA the kernel masks them and sets its error flag).
-        cpu: a compiled CPU implementation, where there is one.
+        check_values: raises on values out of range; called before `reference` on CPU, where reading
+            data costs no synchronisation (on CUDA the kernel masks them and sets its error flag).
+        cpu: a compiled CPU implementation, where there is one; it checks values itself.
         launch_needs_triton: false for CUDA kernels of the C++ extension.
     """
     name = schema.split("(", 1)[0]
@@ -102,8 +110,6 @@ def register_op(
 
         def run_cpu(*args: Any) -> Any:
             admit(args)
-            if check_values is not None:
-                check_values(*args)
             return cpu(*args)
 
         LIBRARY.impl(name, run_cpu, "CPU")

@@ -15,7 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm4_kernels.library import FLOAT_DTYPES, as_rows, bad_type, bad_value, register_op
+from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
+from glm4_kernels.library import (
+    FLOAT_DTYPES,
+    as_rows,
+    bad_type,
+    bad_value,
+    register_op,
+    strided_rows,
+)
 from glm4_kernels.triton_import import tl, triton
 
 MAX_HEAD_DIM = 1024
@@ -110,6 +118,33 @@ def launch_merge_attention(
     return out, lse
 
 
+def merge_attention_cpu(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, variant: str = ""
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    out = torch.empty_like(out_a, memory_format=torch.contiguous_format)
+    lse = torch.empty_like(lse_a, memory_format=torch.contiguous_format)
+    rows_a, stride_a = strided_rows(out_a)
+    rows_b, stride_b = strided_rows(out_b)
+    lse_a, lse_b = lse_a.contiguous(), lse_b.contiguous()
+    extension().merge_attention_cpu(
+        buffer(out),
+        buffer(lse),
+        buffer(rows_a),
+        buffer(lse_a),
+        buffer(rows_b),
+        buffer(lse_b),
+        DTYPE_CODES[out.dtype],
+        lse.numel(),
+        out.shape[-1],
+        stride_a,
+        stride_b,
+        torch.get_num_threads(),
+        variant,
+    )
+    return out, lse
+
+
 def check_merge_attention(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, op: str = "merge_attention"
 ) -> None:
@@ -139,6 +174,7 @@ _merge_attention = register_op(
     check=check_merge_attention,
     reference=merge_attention_reference,
     launch=launch_merge_attention,
+    cpu=merge_attention_cpu if HAS_EXTENSION else None,
     fake=lambda out_a, lse_a, *_: (out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)),
 )
 

@@ -14,7 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm4_kernels.library import FLOAT_DTYPES, as_rows, bad_type, bad_value, register_op
+from glm4_kernels.extension import ABSENT, DTYPE_CODES, HAS_EXTENSION, buffer, extension
+from glm4_kernels.library import (
+    FLOAT_DTYPES,
+    as_rows,
+    bad_type,
+    bad_value,
+    register_op,
+    strided_rows,
+)
 from glm4_kernels.triton_import import tl, triton
 
 # One program holds one row in registers: 32K fp32 values over 16 warps are 64 registers a thread
@@ -89,19 +97,46 @@ def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, variant: str = "") -> Tensor:
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    n_cols = x.shape[-1]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows, stride = strided_rows(x)
+    weight = weight.contiguous()
+    extension().norm_cpu(
+        buffer(y),
+        ABSENT,
+        buffer(rows),
+        ABSENT,
+        ABSENT,
+        buffer(weight),
+        DTYPE_CODES[x.dtype],
+        y.numel() // n_cols,
+        n_cols,
+        stride,
+        0,
+        eps,
+        torch.get_num_threads(),
+        variant,
+    )
+    return y
+
+
 def check_rms_norm(
     x: Tensor, weight: Tensor, eps: float, op: str = "rms_norm", weight_name: str = "weight"
 ) -> None:
-    if x.dim() < 1:
-        raise bad_value(op, "x", "[..., N]", list(x.shape))
-    if x.dtype not in FLOAT_DTYPES:
-        raise bad_type(op, "x", "float32, bfloat16 or float16", x.dtype)
-    if not 1 <= x.shape[-1] <= MAX_COLS:
-        raise bad_value(op, "x", f"[..., N] with 1 <= N <= {MAX_COLS}", list(x.shape))
-    if weight.shape != x.shape[-1:]:
-        raise bad_value(op, weight_name, f"[{x.shape[-1]}]", list(weight.shape))
-    if weight.dtype != x.dtype:
-        raise bad_type(op, weight_name, x.dtype, weight.dtype)
+    shape, dtype = x.shape, x.dtype
+    if not shape:
+        raise bad_value(op, "x", "[..., N]", list(shape))
+    if dtype not in FLOAT_DTYPES:
+        raise bad_type(op, "x", "float32, bfloat16 or float16", dtype)
+    n_cols = shape[-1]
+    if not 1 <= n_cols <= MAX_COLS:
+        raise bad_value(op, "x", f"[..., N] with 1 <= N <= {MAX_COLS}", list(shape))
+    if weight.shape != (n_cols,):
+        raise bad_value(op, weight_name, f"[{n_cols}]", list(weight.shape))
+    if weight.dtype != dtype:
+        raise bad_type(op, weight_name, dtype, weight.dtype)
     if weight.device != x.device:
         raise bad_value(op, weight_name, f"on {x.device}", weight.device)
     if not eps >= 0.0:
@@ -113,6 +148,7 @@ _rms_norm = register_op(
     check=check_rms_norm,
     reference=rms_norm_reference,
     launch=launch_rms_norm,
+    cpu=rms_norm_cpu if HAS_EXTENSION else None,
     fake=lambda x, weight, eps: x.new_empty(x.shape),
 )
 

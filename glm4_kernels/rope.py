@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
 from glm4_kernels.library import (
     FLOAT_DTYPES,
     bad_type,
@@ -211,6 +212,40 @@ def launch_rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> tuple
     return q_out, k_out
 
 
+def rope_cpu(
+    q: Tensor, k: Tensor, positions: Tensor, table: Tensor, variant: str = ""
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
+    q = q if q.stride(2) == 1 else q.contiguous()
+    k = k if k.stride(2) == 1 else k.contiguous()
+    table = table if table.stride(1) == 1 else table.contiguous()
+    positions = positions.contiguous()
+    wrong = extension().rope_cpu(
+        buffer(q_out),
+        buffer(k_out),
+        buffer(q),
+        buffer(k),
+        buffer(positions),
+        buffer(table),
+        DTYPE_CODES[q.dtype],
+        DTYPE_CODES[table.dtype],
+        positions.itemsize,
+        *q.shape[:2],
+        *k.shape[1:],
+        *table.shape,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        table.stride(0),
+        torch.get_num_threads(),
+        variant,
+    )
+    if wrong:
+        check_positions("rope", positions, table)
+    return q_out, k_out
+
+
 def check_rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> None:
     for name, x in (("q", q), ("k", k)):
         if x.dim() != 3:
@@ -264,6 +299,7 @@ _rope = register_op(
     check_values=check_rope_values,
     reference=rope_reference,
     launch=launch_rope,
+    cpu=rope_cpu if HAS_EXTENSION else None,
     fake=lambda q, k, positions, table: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
 

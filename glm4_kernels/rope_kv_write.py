@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
 from glm4_kernels.library import (
     FLOAT_DTYPES,
     bad_type,
@@ -42,6 +43,8 @@ from glm4_kernels.triton_import import tl, triton
 
 # The largest magnitude each quantised cache represents.
 QUANTISED_LIMIT = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# enum class CacheType in csrc/cpu/rope.h; 0 is the dtype of qkv.
+CACHE_TYPES = {torch.int8: 1, torch.float8_e4m3fn: 2}
 
 
 def rope_kv_write_reference(
@@ -240,6 +243,59 @@ def launch_rope_kv_write(
     return q
 
 
+def rope_kv_write_cpu(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    n_heads: int,
+    bias: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    variant: str = "",
+) -> Tensor:
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    n_tokens = qkv.shape[0]
+    cache_shape = k_cache.shape
+    q = torch.empty((n_tokens, n_heads, cache_shape[3]), dtype=qkv.dtype)
+    qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
+    table = table if table.stride(1) == 1 else table.contiguous()
+    positions, slots = positions.contiguous(), slots.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    wrong = extension().rope_kv_write_cpu(
+        buffer(q),
+        buffer(k_cache),
+        buffer(v_cache),
+        buffer(k_scale),
+        buffer(v_scale),
+        buffer(qkv),
+        buffer(bias),
+        buffer(positions),
+        buffer(slots),
+        buffer(table),
+        DTYPE_CODES[qkv.dtype],
+        DTYPE_CODES[table.dtype],
+        CACHE_TYPES.get(k_cache.dtype, 0),
+        positions.itemsize,
+        slots.itemsize,
+        n_tokens,
+        n_heads,
+        qkv.stride(0),
+        *table.shape,
+        table.stride(0),
+        cache_shape,
+        k_cache.stride(),
+        (0, 0, 0) if k_scale is None else k_scale.stride(),
+        torch.get_num_threads(),
+        variant,
+    )
+    if wrong:
+        check_rope_kv_write_values(qkv, positions, table, k_cache, v_cache, slots)
+    return q
+
+
 def check_rope_kv_write(
     qkv: Tensor,
     positions: Tensor,
@@ -357,6 +413,7 @@ _rope_kv_write = register_op(
     check_values=check_rope_kv_write_values,
     reference=rope_kv_write_reference,
     launch=launch_rope_kv_write,
+    cpu=rope_kv_write_cpu if HAS_EXTENSION else None,
     fake=fake_rope_kv_write,
 )
 

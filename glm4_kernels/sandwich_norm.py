@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from glm4_kernels.add_rms_norm import add_rms_norm_reference, check_residual
-from glm4_kernels.library import as_rows, register_op
+from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
+from glm4_kernels.library import as_rows, register_op, strided_rows
 from glm4_kernels.rms_norm import check_rms_norm, rms_norm_reference, rms_normalise, row_warps
 from glm4_kernels.triton_import import tl, triton
 
@@ -92,6 +93,40 @@ def launch_sandwich_norm(
     return y, residual_out
 
 
+def sandwich_norm_cpu(
+    x: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    pre_weight: Tensor,
+    eps: float,
+    variant: str = "",
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    n_cols = x.shape[-1]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    residual_out = torch.empty_like(y)
+    x_rows, stride_x = strided_rows(x)
+    residual_rows, stride_residual = strided_rows(residual)
+    post_weight, pre_weight = post_weight.contiguous(), pre_weight.contiguous()
+    extension().norm_cpu(
+        buffer(y),
+        buffer(residual_out),
+        buffer(x_rows),
+        buffer(residual_rows),
+        buffer(post_weight),
+        buffer(pre_weight),
+        DTYPE_CODES[x.dtype],
+        y.numel() // n_cols,
+        n_cols,
+        stride_x,
+        stride_residual,
+        eps,
+        torch.get_num_threads(),
+        variant,
+    )
+    return y, residual_out
+
+
 def check_sandwich_norm(
     x: Tensor, residual: Tensor, post_weight: Tensor, pre_weight: Tensor, eps: float
 ) -> None:
@@ -107,6 +142,7 @@ _sandwich_norm = register_op(
     check=check_sandwich_norm,
     reference=sandwich_norm_reference,
     launch=launch_sandwich_norm,
+    cpu=sandwich_norm_cpu if HAS_EXTENSION else None,
     fake=lambda x, residual, post_weight, pre_weight, eps: (
         x.new_empty(x.shape),
         x.new_empty(x.shape),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
 from glm4_kernels.library import (
     FLOAT_DTYPES,
     as_rows,
@@ -20,6 +21,7 @@ from glm4_kernels.library import (
     bad_value,
     multiprocessor_count,
     register_op,
+    strided_rows,
 )
 from glm4_kernels.triton_import import tl, triton
 
@@ -85,9 +87,29 @@ def launch_swiglu(gate_up: Tensor) -> Tensor:
     return y
 
 
+def swiglu_cpu(gate_up: Tensor, variant: str = "") -> Tensor:
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    shape = gate_up.shape
+    n_cols = shape[-1] // 2
+    y = torch.empty((*shape[:-1], n_cols), dtype=gate_up.dtype)
+    rows, stride = strided_rows(gate_up)
+    extension().swiglu_cpu(
+        buffer(y),
+        buffer(rows),
+        DTYPE_CODES[gate_up.dtype],
+        y.numel() // n_cols,
+        n_cols,
+        stride,
+        torch.get_num_threads(),
+        variant,
+    )
+    return y
+
+
 def check_swiglu(gate_up: Tensor) -> None:
-    if gate_up.dim() < 1 or gate_up.shape[-1] < 2 or gate_up.shape[-1] % 2 != 0:
-        raise bad_value("swiglu", "gate_up", "[..., 2F] with F >= 1", list(gate_up.shape))
+    shape = gate_up.shape
+    if not shape or shape[-1] < 2 or shape[-1] % 2 != 0:
+        raise bad_value("swiglu", "gate_up", "[..., 2F] with F >= 1", list(shape))
     if gate_up.dtype not in FLOAT_DTYPES:
         raise bad_type("swiglu", "gate_up", "float32, bfloat16 or float16", gate_up.dtype)
 
@@ -97,6 +119,7 @@ _swiglu = register_op(
     check=check_swiglu,
     reference=swiglu_reference,
     launch=launch_swiglu,
+    cpu=swiglu_cpu if HAS_EXTENSION else None,
     fake=lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
 )
 

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
+from kernels import each_kernel, each_kernel_and_dtype
+from numerics import assert_bitwise_equal, assert_within_rule
 
 import glm4_kernels as gk
-from glm4_kernels.add_rms_norm import add_rms_norm_reference, launch_add_rms_norm
+from glm4_kernels.add_rms_norm import add_rms_norm_cpu, add_rms_norm_reference, launch_add_rms_norm
 from glm4_kernels.rms_norm import MAX_COLS
 
 EPS = 1.5625e-07
@@ -28,21 +29,21 @@ def inputs(shape, dtype, device):
     return tuple(tensor.to(dtype).to(device) for tensor in tensors)
 
 
-def check(x, residual, weight, eps=EPS):
+def check(kernel, x, residual, weight, eps=EPS):
     residual_before = residual.clone()
     oracle = add_rms_norm_reference(x.double(), residual.double(), weight.double(), eps)
     reference = add_rms_norm_reference(x, residual, weight, eps)
-    y, residual_out = launch_add_rms_norm(x, residual, weight, eps)
+    y, residual_out = kernel(x, residual, weight, eps)
     assert_bitwise_equal(residual_out, reference[1])
     assert_within_rule(residual_out, reference[1], oracle[1])
     assert_within_rule(y, reference[0], oracle[0])
     assert_bitwise_equal(residual, residual_before)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@each_kernel_and_dtype(launch_add_rms_norm, add_rms_norm_cpu)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(shape, dtype, device):
-    check(*inputs(shape, dtype, device))
+def test_matches_reference(shape, kernel, dtype):
+    check(kernel, *inputs(shape, dtype, kernel.device))
 
 
 def test_reference_is_transformers():
@@ -57,9 +58,9 @@ def test_reference_is_transformers():
     layer.mlp = Returns(x * 3)
 
     out = layer(residual)
-    y, residual_out = gk.add_rms_norm(x, residual, weight, EPS)
+    y, residual_out = add_rms_norm_reference(x, residual, weight, EPS)
     assert_bitwise_equal(y, layer.mlp.received)
-    assert_bitwise_equal(gk.add_rms_norm(x * 3, residual_out, weight, EPS)[1], out)
+    assert_bitwise_equal(add_rms_norm_reference(x * 3, residual_out, weight, EPS)[1], out)
 
 
 class Returns(torch.nn.Module):
@@ -74,35 +75,38 @@ class Returns(torch.nn.Module):
         return self.value
 
 
-def test_rounds_the_sum_before_the_norm(device):
-    x, residual, weight = inputs((64, 128), torch.float16, device)
+@each_kernel(launch_add_rms_norm, add_rms_norm_cpu)
+def test_rounds_the_sum_before_the_norm(kernel):
+    x, residual, weight = inputs((64, 128), torch.float16, kernel.device)
     wide = x.float() + residual.float()
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
     unrounded = weight * (wide * rstd).half()
     reference = add_rms_norm_reference(x, residual, weight, EPS)[0]
-    y = launch_add_rms_norm(x, residual, weight, EPS)[0]
+    y = kernel(x, residual, weight, EPS)[0]
     assert (unrounded != reference).float().mean() > 0.1
     assert (y != reference).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("layout", ["transposed", "slice", "expanded"])
-def test_layouts(layout, device):
-    wide, other, weight = inputs((6, 96), torch.float32, device)
+@each_kernel(launch_add_rms_norm, add_rms_norm_cpu)
+def test_layouts(layout, kernel):
+    wide, other, weight = inputs((6, 96), torch.float32, kernel.device)
     x, residual = {
         "transposed": (wide.t()[:, :6], other.t()[:, :6]),
         "slice": (wide[:, 5:70], other[:, 31:]),  # two different offsets
         "expanded": (wide[:1].expand(4, 96), other[2:]),
     }[layout]
-    check(x, residual, weight[: x.shape[-1]])
+    check(kernel, x, residual, weight[: x.shape[-1]])
 
 
-def test_edges(device):
-    weight = torch.randn(8, device=device)
-    empty = torch.empty(0, 8, device=device)
-    assert [t.shape for t in launch_add_rms_norm(empty, empty, weight, EPS)] == [(0, 8), (0, 8)]
-    x = torch.randn(2, 8, device=device)
-    check(x, -x, weight, eps=1e-5)  # the sum is zero
-    check(*inputs((1, MAX_COLS), torch.float32, device))
+@each_kernel(launch_add_rms_norm, add_rms_norm_cpu)
+def test_edges(kernel):
+    weight = torch.randn(8, device=kernel.device)
+    empty = torch.empty(0, 8, device=kernel.device)
+    assert [t.shape for t in kernel(empty, empty, weight, EPS)] == [(0, 8), (0, 8)]
+    x = torch.randn(2, 8, device=kernel.device)
+    check(kernel, x, -x, weight, eps=1e-5)  # the sum is zero
+    check(kernel, *inputs((1, MAX_COLS), torch.float32, kernel.device))
 
 
 @pytest.mark.parametrize(

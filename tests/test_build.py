@@ -15,13 +15,16 @@ from glm4_kernels.extension import build_info, extension
 def test_build_info():
     info = build_info()
     assert set(info) == {
-        *("compiler", "sanitize", "cuda", "cuda_architectures", "cpu_features", "cpu_variants"),
+        *("compiler", "sanitize", "cuda", "cuda_architectures"),
+        *("cpu_features", "cpu_variants", "simd_variants"),
     }
     assert re.match(r"\w+ \d+", info["compiler"])
     assert info["cuda"] is None or re.match(r"\d+\.\d+", info["cuda"])
     assert bool(info["cuda"]) == bool(info["cuda_architectures"])
     assert info["cpu_variants"][-1] == "portable"
     assert ("avx2" in info["cpu_variants"]) == ("avx2" in info["cpu_features"])
+    assert info["simd_variants"][-1] == "portable"
+    assert ("avx512" in info["simd_variants"]) == ("avx512bw" in info["cpu_features"])
 
 
 @pytest.mark.skipif(

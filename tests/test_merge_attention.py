@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
+from kernels import each_kernel, each_kernel_and_dtype
+from numerics import assert_bitwise_equal, assert_within_rule
 
 import glm4_kernels as gk
 from glm4_kernels.merge_attention import (
     MAX_HEAD_DIM,
     launch_merge_attention,
+    merge_attention_cpu,
     merge_attention_reference,
 )
 
@@ -44,8 +46,8 @@ def oracle(out_a, lse_a, out_b, lse_b):
     return out.reshape(out_a.shape), lses.logsumexp(0).reshape(lse_a.shape)
 
 
-def check(*sides):
-    (out, lse), (true_out, true_lse) = launch_merge_attention(*sides), oracle(*sides)
+def check(kernel, *sides):
+    (out, lse), (true_out, true_lse) = kernel(*sides), oracle(*sides)
     reference_out, reference_lse = merge_attention_reference(*sides)
     assert_within_rule(out, reference_out, true_out)
     assert lse.dtype == torch.float32 and out.is_contiguous() and lse.is_contiguous()
@@ -54,10 +56,10 @@ def check(*sides):
         torch.testing.assert_close(actual.cpu().double(), true_lse, rtol=2e-7, atol=2e-7)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@each_kernel_and_dtype(launch_merge_attention, merge_attention_cpu)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(shape, dtype, device):
-    check(*inputs(shape, dtype, device))
+def test_matches_reference(shape, kernel, dtype):
+    check(kernel, *inputs(shape, dtype, kernel.device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -71,24 +73,25 @@ def test_reference_matches_fp64(dtype):
     torch.testing.assert_close(lse.double(), true_lse, rtol=2e-7, atol=2e-7)
 
 
-def test_layouts(device):
-    out_a, lse_a, out_b, lse_b = inputs((6, 4, 64), torch.float16, device)
+@each_kernel(launch_merge_attention, merge_attention_cpu)
+def test_layouts(kernel):
+    out_a, lse_a, out_b, lse_b = inputs((6, 4, 64), torch.float16, kernel.device)
     by_head = out_a.transpose(0, 1).contiguous().transpose(0, 1)  # as SDPA returns it
     wide = torch.cat([out_b, out_b], dim=-1)[..., 64:]
-    check(by_head, lse_a.t().contiguous().t(), wide, lse_b)
-    check(out_a, lse_a, out_b[:1].expand(6, 4, 64), lse_b[:1].expand(6, 4))
-    check(out_a.mT, lse_a.new_ones(6, 64), out_b.mT, lse_b.new_zeros(6, 64))
+    check(kernel, by_head, lse_a.t().contiguous().t(), wide, lse_b)
+    check(kernel, out_a, lse_a, out_b[:1].expand(6, 4, 64), lse_b[:1].expand(6, 4))
+    check(kernel, out_a.mT, lse_a.new_ones(6, 64), out_b.mT, lse_b.new_zeros(6, 64))
 
 
 @pytest.mark.parametrize("empty", ["a", "b", "both"])
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_an_empty_side_is_ignored_whatever_it_holds(empty, dtype, device):
-    out_a, lse_a, out_b, lse_b = inputs((4, 2, 64), dtype, device)
+@each_kernel_and_dtype(launch_merge_attention, merge_attention_cpu)
+def test_an_empty_side_is_ignored_whatever_it_holds(empty, kernel, dtype):
+    out_a, lse_a, out_b, lse_b = inputs((4, 2, 64), dtype, kernel.device)
     row = (1, 1)
     for name, out, lse in (("a", out_a, lse_a), ("b", out_b, lse_b)):
         if empty in (name, "both"):
             out[row], lse[row] = math.nan, -math.inf
-    check(out_a, lse_a, out_b, lse_b)
+    check(kernel, out_a, lse_a, out_b, lse_b)
     for merge in (launch_merge_attention, merge_attention_reference):
         out, lse = merge(out_a, lse_a, out_b, lse_b)
         if empty == "both":
@@ -99,11 +102,12 @@ def test_an_empty_side_is_ignored_whatever_it_holds(empty, dtype, device):
             assert_bitwise_equal(lse[row], kept_lse[row])
 
 
-def test_edges(device):
-    nothing = torch.empty(0, 4, 64, device=device)
-    out, lse = launch_merge_attention(nothing, nothing[..., 0], nothing, nothing[..., 0])
+@each_kernel(launch_merge_attention, merge_attention_cpu)
+def test_edges(kernel):
+    nothing = torch.empty(0, 4, 64, device=kernel.device)
+    out, lse = kernel(nothing, nothing[..., 0], nothing, nothing[..., 0])
     assert out.shape == (0, 4, 64) and lse.shape == (0, 4)
-    check(*inputs((2, 1, MAX_HEAD_DIM), torch.float32, device))
+    check(kernel, *inputs((2, 1, MAX_HEAD_DIM), torch.float32, kernel.device))
 
 
 ROW = torch.ones(2, 4, 8)

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
+from kernels import each_kernel, each_kernel_and_dtype
+from numerics import assert_bitwise_equal, assert_within_rule
 
 import glm4_kernels as gk
-from glm4_kernels.rms_norm import MAX_COLS, launch_rms_norm, rms_norm_reference
+from glm4_kernels.rms_norm import MAX_COLS, launch_rms_norm, rms_norm_cpu, rms_norm_reference
 
 EPS = 1.5625e-07
 SHAPES = [
@@ -24,15 +25,15 @@ def inputs(shape, dtype, device):
     return x, weight
 
 
-def check(x, weight, eps=EPS):
+def check(kernel, x, weight, eps=EPS):
     oracle = rms_norm_reference(x.double(), weight.double(), eps)
-    assert_within_rule(launch_rms_norm(x, weight, eps), rms_norm_reference(x, weight, eps), oracle)
+    assert_within_rule(kernel(x, weight, eps), rms_norm_reference(x, weight, eps), oracle)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@each_kernel_and_dtype(launch_rms_norm, rms_norm_cpu)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(shape, dtype, device):
-    check(*inputs(shape, dtype, device))
+def test_matches_reference(shape, kernel, dtype):
+    check(kernel, *inputs(shape, dtype, kernel.device))
 
 
 def test_reference_is_transformers():
@@ -41,31 +42,38 @@ def test_reference_is_transformers():
     x, weight = inputs((7, 320), torch.bfloat16, "cpu")
     norm = Glm4RMSNorm(320, eps=EPS).to(torch.bfloat16)
     norm.weight.data = weight
-    assert_bitwise_equal(gk.rms_norm(x, weight, EPS), norm(x).detach())
+    assert_bitwise_equal(rms_norm_reference(x, weight, EPS), norm(x).detach())
 
 
-def test_rounds_before_the_weight(device):
+@each_kernel(launch_rms_norm, rms_norm_cpu)
+def test_rounds_before_the_weight(kernel):
     # 1.5 + 1 ulp is where rounding before and after the product differ in many columns.
-    x, _ = inputs((64, 128), torch.float16, device)
-    weight = torch.full((128,), 1.5 + 2**-10, dtype=torch.float16, device=device)
+    x, _ = inputs((64, 128), torch.float16, kernel.device)
+    weight = torch.full((128,), 1.5 + 2**-10, dtype=torch.float16, device=kernel.device)
     late = (rms_norm_reference(x.float(), weight.float(), EPS)).half()
     reference = rms_norm_reference(x, weight, EPS)
     assert (late != reference).any(), "these inputs cannot tell the two orders apart"
-    assert ((launch_rms_norm(x, weight, EPS) != reference).float().mean()) < 0.01
+    assert ((kernel(x, weight, EPS) != reference).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("layout", ["transposed", "slice", "expanded"])
-def test_layouts(layout, device):
-    wide, weight = inputs((6, 96), torch.float32, device)
+@each_kernel(launch_rms_norm, rms_norm_cpu)
+def test_layouts(layout, kernel):
+    wide, weight = inputs((6, 96), torch.float32, kernel.device)
     x = {"transposed": wide.t()[:, :6], "slice": wide[:, 5:70], "expanded": wide[:1].expand(4, 96)}
-    check(x[layout], weight[: x[layout].shape[-1]])
+    check(kernel, x[layout], weight[: x[layout].shape[-1]])
 
 
-def test_edges(device):
-    weight = torch.randn(8, device=device)
-    assert launch_rms_norm(torch.empty(0, 8, device=device), weight, EPS).shape == (0, 8)
-    check(torch.zeros(2, 8, device=device), weight, eps=1e-5)
-    check(torch.randn(1, MAX_COLS, device=device), torch.randn(MAX_COLS, device=device))
+@each_kernel(launch_rms_norm, rms_norm_cpu)
+def test_edges(kernel):
+    weight = torch.randn(8, device=kernel.device)
+    assert kernel(torch.empty(0, 8, device=kernel.device), weight, EPS).shape == (0, 8)
+    check(kernel, torch.zeros(2, 8, device=kernel.device), weight, eps=1e-5)
+    check(
+        kernel,
+        torch.randn(1, MAX_COLS, device=kernel.device),
+        torch.randn(MAX_COLS, device=kernel.device),
+    )
 
 
 @pytest.mark.parametrize(

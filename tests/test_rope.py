@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernels import each_kernel, each_kernel_and_dtype
 from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
 
 import glm4_kernels as gk
 from glm4_kernels.library import error_flags, raise_device_errors
-from glm4_kernels.rope import head_block, launch_rope, rope_reference
+from glm4_kernels.rope import head_block, launch_rope, rope_cpu, rope_reference
 
 MAX_POSITIONS = 40
 # T, H, G, D, rotary_dim
@@ -27,22 +28,22 @@ def inputs(shape, dtype, table_dtype, device):
     return q, k, positions, table
 
 
-def check(q, k, positions, table):
+def check(kernel, q, k, positions, table):
     """Bit for bit: elementwise, with every rounding point in the contract."""
-    for kernel, reference in zip(
-        launch_rope(q, k, positions, table),
+    for actual, expected in zip(
+        kernel(q, k, positions, table),
         rope_reference(q, k, positions, table),
         strict=True,
     ):
-        assert kernel.is_contiguous()
-        assert_bitwise_equal(kernel, reference)
+        assert actual.is_contiguous()
+        assert_bitwise_equal(actual, expected)
 
 
 @pytest.mark.parametrize("wide_table", [False, True], ids=["table in dtype", "table in float32"])
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@each_kernel_and_dtype(launch_rope, rope_cpu)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(shape, dtype, wide_table, device):
-    check(*inputs(shape, dtype, torch.float32 if wide_table else dtype, device))
+def test_matches_reference(shape, kernel, dtype, wide_table):
+    check(kernel, *inputs(shape, dtype, torch.float32 if wide_table else dtype, kernel.device))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -89,33 +90,35 @@ def test_float32_table_is_closer(dtype, device):
         assert error[0] < error[1] or dtype == torch.float32
 
 
-def test_layouts(device):
-    packed = torch.randn(7, 12 * 32, device=device)
-    table = gk.rope_table(MAX_POSITIONS, 1e2, 16, device=device)
-    positions = torch.randperm(MAX_POSITIONS)[:7].to(device)
+@each_kernel(launch_rope, rope_cpu)
+def test_layouts(kernel):
+    packed = torch.randn(7, 12 * 32, device=kernel.device)
+    table = gk.rope_table(MAX_POSITIONS, 1e2, 16, device=kernel.device)
+    positions = torch.randperm(MAX_POSITIONS)[:7].to(kernel.device)
     q = packed[:, : 8 * 32].view(7, 8, 32)
     k = packed[:, 8 * 32 : 10 * 32].view(7, 2, 32)
-    check(q, k, positions, table)  # views of a packed qkv
-    check(q.transpose(0, 1).contiguous().transpose(0, 1), k, positions, table)  # head-major
-    check(q.transpose(1, 2).contiguous().transpose(1, 2), k, positions, table)  # D outside
-    check(q[:1].expand(7, 8, 32), k[:, :1].expand(7, 3, 32), positions, table)
-    check(q[::2], k[::2], positions[::2], table)
-    check(q, k, positions.int(), table)
+    check(kernel, q, k, positions, table)  # views of a packed qkv
+    check(kernel, q.transpose(0, 1).contiguous().transpose(0, 1), k, positions, table)  # head-major
+    check(kernel, q.transpose(1, 2).contiguous().transpose(1, 2), k, positions, table)  # D outside
+    check(kernel, q[:1].expand(7, 8, 32), k[:, :1].expand(7, 3, 32), positions, table)
+    check(kernel, q[::2], k[::2], positions[::2], table)
+    check(kernel, q, k, positions.int(), table)
     wide = torch.cat((torch.full_like(table, torch.nan), table), dim=1)
-    check(q, k, positions, wide[:, 16:])
-    check(q, k, positions, table.t().contiguous().t())
+    check(kernel, q, k, positions, wide[:, 16:])
+    check(kernel, q, k, positions, table.t().contiguous().t())
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # inf * 0, discarded
-def test_edges(device):
-    q, k, positions, table = inputs((4, 3, 2, 32, 16), torch.float32, torch.float32, device)
-    q_out, k_out = launch_rope(q[:0], k[:0], positions[:0], table)
+@each_kernel(launch_rope, rope_cpu)
+def test_edges(kernel):
+    q, k, positions, table = inputs((4, 3, 2, 32, 16), torch.float32, torch.float32, kernel.device)
+    q_out, k_out = kernel(q[:0], k[:0], positions[:0], table)
     assert q_out.shape == (0, 3, 32) and k_out.shape == (0, 2, 32)
-    check(q[:, :0], k, positions, table)
-    check(q[:1], k[:1], positions[:1], table)
-    check(q, k, torch.tensor([0, MAX_POSITIONS - 1] * 2, device=device), table)
-    q[..., 16:] = torch.tensor([-0.0, torch.inf], device=device).repeat(8)
-    q_out, _ = launch_rope(q, k, positions, table)
+    check(kernel, q[:, :0], k, positions, table)
+    check(kernel, q[:1], k[:1], positions[:1], table)
+    check(kernel, q, k, torch.tensor([0, MAX_POSITIONS - 1] * 2, device=kernel.device), table)
+    q[..., 16:] = torch.tensor([-0.0, torch.inf], device=kernel.device).repeat(8)
+    q_out, _ = kernel(q, k, positions, table)
     assert_bitwise_equal(q_out[..., 16:].view(torch.int32), q[..., 16:].view(torch.int32))
 
 
@@ -143,7 +146,7 @@ def test_error_flags_outlive_inference_mode(device):
 def test_large_head_blocks(monkeypatch, device):
     """A small GPU (or a long prompt on a large one) gets sixteen heads a program."""
     monkeypatch.setitem(launch_rope.__globals__, "multiprocessor_count", lambda device: 1)
-    check(*inputs((3, 17, 2, 32, 16), torch.float16, torch.float16, device))
+    check(launch_rope, *inputs((3, 17, 2, 32, 16), torch.float16, torch.float16, device))
 
 
 def test_head_block_shares_the_table_only_where_the_gpu_stays_full():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernels import DTYPES, each_cpu_kernel, each_kernel, each_kernel_and_dtype
 from numerics import KERNEL_DTYPES, assert_bitwise_equal
 
 import glm4_kernels as gk
@@ -9,6 +10,7 @@ from glm4_kernels.library import raise_device_errors
 from glm4_kernels.rope_kv_write import (
     QUANTISED_LIMIT,
     launch_rope_kv_write,
+    rope_kv_write_cpu,
     rope_kv_write_reference,
 )
 
@@ -83,27 +85,29 @@ def buffer(x):
     )
 
 
-def check(problem):
+def check(kernel, problem):
     """Bit for bit, in every byte of the buffers that the caches are views of."""
-    kernel, reference = problem.run(launch_rope_kv_write), problem.run(rope_kv_write_reference)
-    assert kernel["q"].is_contiguous()
-    for name in reference:
-        assert_bitwise_equal(buffer(kernel[name]), buffer(reference[name]))
-    return kernel
+    actual, expected = problem.run(kernel), problem.run(rope_kv_write_reference)
+    assert actual["q"].is_contiguous()
+    for name in expected:
+        assert_bitwise_equal(buffer(actual[name]), buffer(expected[name]))
+    return actual
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@each_kernel_and_dtype(launch_rope_kv_write, rope_kv_write_cpu)
 @pytest.mark.parametrize("cache", ["float", "int8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(shape, cache, dtype, device):
-    check(Problem(shape, dtype, device, cache_dtype=INT8 if cache == "int8" else dtype))
+def test_matches_reference(shape, cache, kernel, dtype):
+    check(
+        kernel, Problem(shape, dtype, kernel.device, cache_dtype=INT8 if cache == "int8" else dtype)
+    )
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_without_bias_and_with_a_float32_table(dtype, device):
+@each_kernel_and_dtype(launch_rope_kv_write, rope_kv_write_cpu)
+def test_without_bias_and_with_a_float32_table(kernel, dtype):
     shape = (3, 5, 2, 4, 32, 16)
-    check(Problem(shape, dtype, device, bias=False))
-    check(Problem(shape, dtype, device, table_dtype=torch.float32))
+    check(kernel, Problem(shape, dtype, kernel.device, bias=False))
+    check(kernel, Problem(shape, dtype, kernel.device, table_dtype=torch.float32))
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
@@ -111,7 +115,33 @@ def test_fp8_cache_matches_reference(dtype, device):
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         pytest.skip("float8_e4m3fn needs a GPU of sm_89: the interpreter rounds it wrongly")
     for shape in SHAPES:
-        check(Problem(shape, dtype, device, cache_dtype=FP8))
+        check(launch_rope_kv_write, Problem(shape, dtype, device, cache_dtype=FP8))
+
+
+@each_cpu_kernel(rope_kv_write_cpu)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp8_cache_on_the_cpu(kernel, dtype):
+    for shape in SHAPES:
+        check(kernel, Problem(shape, dtype, "cpu", cache_dtype=FP8))
+
+
+@each_cpu_kernel(rope_kv_write_cpu)
+@pytest.mark.parametrize("cache_dtype", [INT8, FP8], ids=str)
+def test_quantises_every_magnitude(kernel, cache_dtype):
+    """Each code, its neighbours and the halves between two codes; then what is not finite."""
+    problem = Problem((256, 1, 1, 64, 32, 2), torch.float32, "cpu", cache_dtype, bias=False)
+    limit = QUANTISED_LIMIT[cache_dtype]
+    codes = torch.arange(256, dtype=torch.uint8).view(cache_dtype).float()
+    codes = codes[codes.isfinite() & (codes.abs() <= limit)].sort().values
+    values = torch.cat((codes, (codes[1:] + codes[:-1]) / 2))
+    values = torch.cat([values, *(values.nextafter(values + side) for side in (-1e9, 1e9))])
+    values = values.clamp(-limit, limit)
+    v = problem["qkv"][:, -32:]
+    v[:, 0] = limit  # scale 1: values are codes
+    assert len(values) <= 254 * 31
+    v[:254, 1:] = values.repeat(8)[: 254 * 31].view(254, 31)
+    v[254, 3], v[255, 5] = torch.inf, torch.nan
+    check(kernel, problem)
 
 
 def test_reference_is_transformers():
@@ -147,39 +177,40 @@ def test_reference_is_close_to_fp64():
         assert 0 < error < 2**-10, f"{name}: three roundings to fp16 cost less than an eps"
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_touches_nothing_but_its_slots(dtype, device):
-    problem = Problem((3, 4, 2, 4, 32, 16), dtype, device, cache_dtype=INT8)
-    slots = torch.tensor([6, -1, 15], device=device)
+@each_kernel_and_dtype(launch_rope_kv_write, rope_kv_write_cpu)
+def test_touches_nothing_but_its_slots(kernel, dtype):
+    problem = Problem((3, 4, 2, 4, 32, 16), dtype, kernel.device, cache_dtype=INT8)
+    slots = torch.tensor([6, -1, 15], device=kernel.device)
     problem.arguments["slots"] = slots
-    written = check(problem)
+    written = check(kernel, problem)
     for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
         changed = (
             (written[name] != problem[name]).flatten(3).any(-1)
             if "cache" in name
             else (written[name] != problem[name])
         )
-        expected = torch.zeros(N_PAGES, 2, 4, dtype=torch.bool, device=device)
+        expected = torch.zeros(N_PAGES, 2, 4, dtype=torch.bool, device=kernel.device)
         expected[1, :, 2] = expected[3, :, 3] = True
         assert_bitwise_equal(changed, expected)
     assert written["q"].isfinite().all(), "a skipped token still gets its q"
 
 
 @pytest.mark.parametrize("layout", ["pages", "paired", "tokens first", "padded", "qkv"])
-def test_layouts(layout, device):
-    problem = Problem((3, 4, 2, 4, 32, 16), torch.float16, device, cache_dtype=INT8)
+@each_kernel(launch_rope_kv_write, rope_kv_write_cpu)
+def test_layouts(layout, kernel):
+    problem = Problem((3, 4, 2, 4, 32, 16), torch.float16, kernel.device, cache_dtype=INT8)
     arguments = problem.arguments
     shape = arguments["k_cache"].shape
-    like = {"dtype": INT8, "device": device}
+    like = {"dtype": INT8, "device": kernel.device}
     if layout == "pages":  # some pages of a larger pool
         pool = torch.full((2, 9, *shape[1:]), 55, **like)
         arguments["k_cache"], arguments["v_cache"] = pool[0, 2:6], pool[1, 5:9]
-        pool = torch.full((2, 9, *shape[1:3]), 9.0, device=device)
+        pool = torch.full((2, 9, *shape[1:3]), 9.0, device=kernel.device)
         arguments["k_scale"], arguments["v_scale"] = pool[0, 2:6], pool[1, 5:9]
     elif layout == "paired":  # K and V of a page side by side
         pool = torch.full((N_PAGES, 2, *shape[1:]), 55, **like)
         arguments["k_cache"], arguments["v_cache"] = pool.unbind(1)
-        pool = torch.full((N_PAGES, 2, *shape[1:3]), 9.0, device=device)
+        pool = torch.full((N_PAGES, 2, *shape[1:3]), 9.0, device=kernel.device)
         arguments["k_scale"], arguments["v_scale"] = pool.unbind(1)
     elif layout == "tokens first":  # NHD in memory
         for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
@@ -193,49 +224,54 @@ def test_layouts(layout, device):
         arguments["table"] = arguments["table"].t().contiguous().t()
         for qkv in (arguments["qkv"].t().contiguous().t(), arguments["qkv"][:1].expand(3, -1)):
             arguments["qkv"] = qkv
-            check(problem)
+            check(kernel, problem)
         arguments["qkv"] = torch.cat((qkv, qkv), 1)[:, : qkv.shape[1]]
         arguments["positions"], arguments["slots"] = (
             arguments["positions"].int(),
             arguments["slots"].int(),
         )
-    check(problem)
+    check(kernel, problem)
 
 
 def test_large_head_blocks(monkeypatch, device):
     """A small GPU (or a long prompt on a large one) gets sixteen heads a program."""
     monkeypatch.setitem(launch_rope_kv_write.__globals__, "multiprocessor_count", lambda _: 1)
-    check(Problem((3, 17, 9, 4, 16, 8), torch.float16, device, cache_dtype=INT8))
+    problem = Problem((3, 17, 9, 4, 16, 8), torch.float16, device, cache_dtype=INT8)
+    check(launch_rope_kv_write, problem)
 
 
-def test_edges(device):
-    empty = Problem((0, 4, 2, 4, 32, 16), torch.float16, device)
-    assert check(empty)["q"].shape == (0, 4, 32)
-    limits = Problem((2, 4, 2, 4, 32, 16), torch.float16, device)
-    limits.arguments["slots"] = torch.tensor([0, N_PAGES * 4 - 1], device=device)
-    limits.arguments["positions"] = torch.tensor([MAX_POSITIONS - 1, 0], device=device)
-    check(limits)
-    limits.arguments["slots"] = torch.tensor([-1, -1], device=device)
-    written = check(limits)
+@each_kernel(launch_rope_kv_write, rope_kv_write_cpu)
+def test_edges(kernel):
+    empty = Problem((0, 4, 2, 4, 32, 16), torch.float16, kernel.device)
+    assert check(kernel, empty)["q"].shape == (0, 4, 32)
+    limits = Problem((2, 4, 2, 4, 32, 16), torch.float16, kernel.device)
+    limits.arguments["slots"] = torch.tensor([0, N_PAGES * 4 - 1], device=kernel.device)
+    limits.arguments["positions"] = torch.tensor([MAX_POSITIONS - 1, 0], device=kernel.device)
+    check(kernel, limits)
+    limits.arguments["slots"] = torch.tensor([-1, -1], device=kernel.device)
+    written = check(kernel, limits)
     assert_bitwise_equal(written["k_cache"], limits["k_cache"])
 
 
-def test_int8_rounds_half_to_even(device):
+@each_kernel(launch_rope_kv_write, rope_kv_write_cpu)
+def test_int8_rounds_half_to_even(kernel):
     """Rows of v whose scale is 1, 0, underflows to 0, and is rounded down to the least value."""
     least = 2.0**-149
-    problem = Problem((4, 1, 1, 4, 16, 2), torch.float32, device, cache_dtype=INT8, bias=False)
+    problem = Problem(
+        (4, 1, 1, 4, 16, 2), torch.float32, kernel.device, cache_dtype=INT8, bias=False
+    )
     v = torch.zeros(4, 16)
     v[0, :8] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 126.5])
     v[2, :2] = torch.tensor([60 * least, -40 * least])
     v[3, :2] = torch.tensor([190 * least, -40 * least])  # 190 / 127 rounds to 1: 190 must not wrap
-    problem["qkv"][:, 32:] = v.to(device)
-    problem.arguments["slots"] = torch.arange(4, device=device)
-    written = check(problem)
+    problem["qkv"][:, 32:] = v.to(kernel.device)
+    problem.arguments["slots"] = torch.arange(4, device=kernel.device)
+    written = check(kernel, problem)
     expected = torch.zeros(4, 16, dtype=INT8)
     expected[0, :8] = torch.tensor([127, 0, 2, 2, 0, -2, -126, 126], dtype=INT8)
     expected[3, :2] = torch.tensor([127, -40], dtype=INT8)
-    assert_bitwise_equal(written["v_cache"][0, 0], expected.to(device))
-    scale = torch.tensor([1.0, 0.0, 0.0, least], device=device)
+    assert_bitwise_equal(written["v_cache"][0, 0], expected.to(kernel.device))
+    scale = torch.tensor([1.0, 0.0, 0.0, least], device=kernel.device)
     assert_bitwise_equal(written["v_scale"][0, 0], scale)
 
 

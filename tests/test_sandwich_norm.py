@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
+from kernels import each_kernel, each_kernel_and_dtype
+from numerics import assert_bitwise_equal, assert_within_rule
 from test_add_rms_norm import Returns
 
 import glm4_kernels as gk
 from glm4_kernels.rms_norm import MAX_COLS, rms_norm_reference
-from glm4_kernels.sandwich_norm import launch_sandwich_norm, sandwich_norm_reference
+from glm4_kernels.sandwich_norm import (
+    launch_sandwich_norm,
+    sandwich_norm_cpu,
+    sandwich_norm_reference,
+)
 
 EPS = 1e-5
 SHAPES = [
@@ -30,21 +35,21 @@ def inputs(shape, dtype, device):
     return tuple(tensor.to(dtype).to(device) for tensor in tensors)
 
 
-def check(x, residual, post_weight, pre_weight, eps=EPS):
+def check(kernel, x, residual, post_weight, pre_weight, eps=EPS):
     tensors = (x, residual, post_weight, pre_weight)
     oracle = sandwich_norm_reference(*(tensor.double() for tensor in tensors), eps)
     reference = sandwich_norm_reference(*tensors, eps)
     residual_before = residual.clone()
-    kernel = launch_sandwich_norm(*tensors, eps)
+    kernel = kernel(*tensors, eps)
     for output in (1, 0):  # the sum first: the second norm inherits its error
         assert_within_rule(kernel[output], reference[output], oracle[output])
     assert_bitwise_equal(residual, residual_before)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@each_kernel_and_dtype(launch_sandwich_norm, sandwich_norm_cpu)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(shape, dtype, device):
-    check(*inputs(shape, dtype, device))
+def test_matches_reference(shape, kernel, dtype):
+    check(kernel, *inputs(shape, dtype, kernel.device))
 
 
 def test_reference_is_transformers():
@@ -61,17 +66,18 @@ def test_reference_is_transformers():
     layer.mlp = Returns(x * 3)
 
     out = layer(residual)
-    y, residual_out = gk.sandwich_norm(x, residual, post_weight, pre_weight, EPS)
+    y, residual_out = sandwich_norm_reference(x, residual, post_weight, pre_weight, EPS)
     assert_bitwise_equal(y, layer.mlp.received)
-    out_again = gk.sandwich_norm(x * 3, residual_out, -pre_weight, post_weight, EPS)[1]
+    out_again = sandwich_norm_reference(x * 3, residual_out, -pre_weight, post_weight, EPS)[1]
     assert_bitwise_equal(out_again, out)
 
 
-def test_rounding_points(device):
+@each_kernel(launch_sandwich_norm, sandwich_norm_cpu)
+def test_rounding_points(kernel):
     """Exact sums of squares (|x| = 2, eps = 0) leave nothing but the rounding of residual'."""
-    _, residual, post_weight, pre_weight = inputs((64, 128), torch.float16, device)
+    _, residual, post_weight, pre_weight = inputs((64, 128), torch.float16, kernel.device)
     x = torch.where(residual > 0, 2.0, -2.0).half()
-    y, residual_out = launch_sandwich_norm(x, residual, post_weight, pre_weight, 0.0)
+    y, residual_out = kernel(x, residual, post_weight, pre_weight, 0.0)
     reference = sandwich_norm_reference(x, residual, post_weight, pre_weight, 0.0)
     assert_bitwise_equal(residual_out, reference[1])
 
@@ -83,24 +89,32 @@ def test_rounding_points(device):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "slice", "expanded"])
-def test_layouts(layout, device):
-    wide, other, post_weight, pre_weight = inputs((6, 96), torch.float32, device)
+@each_kernel(launch_sandwich_norm, sandwich_norm_cpu)
+def test_layouts(layout, kernel):
+    wide, other, post_weight, pre_weight = inputs((6, 96), torch.float32, kernel.device)
     x, residual = {
         "transposed": (wide.t()[:, :6], other.t()[:, :6]),
         "slice": (wide[:, 5:70], other[:, 31:]),  # two different offsets
         "expanded": (wide[:1].expand(4, 96), other[2:]),
     }[layout]
     n_cols = x.shape[-1]
-    check(x, residual, post_weight[::2].repeat(2)[:n_cols], pre_weight.flip(0)[:n_cols])
+    check(kernel, x, residual, post_weight[::2].repeat(2)[:n_cols], pre_weight.flip(0)[:n_cols])
 
 
-def test_edges(device):
-    weight = torch.randn(8, device=device)
-    empty = torch.empty(0, 8, device=device)
-    y, residual_out = launch_sandwich_norm(empty, empty, weight, weight, EPS)
+@each_kernel(launch_sandwich_norm, sandwich_norm_cpu)
+def test_edges(kernel):
+    weight = torch.randn(8, device=kernel.device)
+    empty = torch.empty(0, 8, device=kernel.device)
+    y, residual_out = kernel(empty, empty, weight, weight, EPS)
     assert y.shape == residual_out.shape == (0, 8)
-    check(torch.zeros(2, 8, device=device), torch.zeros(2, 8, device=device), weight, weight)
-    check(*inputs((1, MAX_COLS), torch.float32, device))
+    check(
+        kernel,
+        torch.zeros(2, 8, device=kernel.device),
+        torch.zeros(2, 8, device=kernel.device),
+        weight,
+        weight,
+    )
+    check(kernel, *inputs((1, MAX_COLS), torch.float32, kernel.device))
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
+from kernels import each_kernel, each_kernel_and_dtype
+from numerics import assert_bitwise_equal, assert_within_rule
 
 import glm4_kernels as gk
 from benchmarks.shapes import SHAPES as MODELS
-from glm4_kernels.swiglu import column_block, launch_swiglu, swiglu_reference
+from glm4_kernels.swiglu import column_block, launch_swiglu, swiglu_cpu, swiglu_reference
 
 SHAPES = [
     (1, 2 * 13696),  # one token of GLM-4-9B: the narrowest blocks
@@ -22,15 +23,15 @@ def inputs(shape, dtype, device):
     return (torch.randn(shape) * scale).to(dtype).to(device)
 
 
-def check(gate_up):
+def check(kernel, gate_up):
     oracle = swiglu_reference(gate_up.double())
-    assert_within_rule(launch_swiglu(gate_up), swiglu_reference(gate_up), oracle)
+    assert_within_rule(kernel(gate_up), swiglu_reference(gate_up), oracle)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@each_kernel_and_dtype(launch_swiglu, swiglu_cpu)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(shape, dtype, device):
-    check(inputs(shape, dtype, device))
+def test_matches_reference(shape, kernel, dtype):
+    check(kernel, inputs(shape, dtype, kernel.device))
 
 
 def test_reference_is_transformers():
@@ -39,16 +40,17 @@ def test_reference_is_transformers():
     mlp = Glm4MLP(Glm4Config(hidden_size=8, intermediate_size=8))
     mlp.gate_up_proj = mlp.down_proj = torch.nn.Identity()
     gate_up = inputs((7, 640), torch.bfloat16, "cpu")
-    assert_bitwise_equal(gk.swiglu(gate_up), mlp(gate_up))
+    assert_bitwise_equal(swiglu_reference(gate_up), mlp(gate_up))
 
 
-def test_rounds_silu_before_the_product(device):
-    gate_up = inputs((64, 256), torch.float16, device)
+@each_kernel(launch_swiglu, swiglu_cpu)
+def test_rounds_silu_before_the_product(kernel):
+    gate_up = inputs((64, 256), torch.float16, kernel.device)
     gate, up = gate_up.float().chunk(2, -1)
     late = (torch.nn.functional.silu(gate) * up).half()
     reference = swiglu_reference(gate_up)
     assert (late != reference).float().mean() > 0.1
-    assert (launch_swiglu(gate_up) != reference).float().mean() < 0.01
+    assert (kernel(gate_up) != reference).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 3, 8, 4096])
@@ -61,24 +63,26 @@ def test_fills_the_gpu(model, n_tokens):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "slice", "expanded"])
-def test_layouts(layout, device):
-    wide = inputs((6, 96), torch.float32, device)
+@each_kernel(launch_swiglu, swiglu_cpu)
+def test_layouts(layout, kernel):
+    wide = inputs((6, 96), torch.float32, kernel.device)
     gate_up = {
         "transposed": wide.t()[:, :6],
         "slice": wide[::2, 5:71],  # rows and columns of a wider buffer
         "expanded": wide[:1].expand(4, 96),
     }[layout]
-    check(gate_up)
+    check(kernel, gate_up)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-def test_edges(device):
-    assert launch_swiglu(torch.empty(0, 8, device=device)).shape == (0, 4)
-    assert launch_swiglu(torch.ones(8, device=device)).shape == (4,)
+@each_kernel(launch_swiglu, swiglu_cpu)
+def test_edges(kernel):
+    assert kernel(torch.empty(0, 8, device=kernel.device)).shape == (0, 4)
+    assert kernel(torch.ones(8, device=kernel.device)).shape == (4,)
     # exp(-g) overflows to infinity: silu is -0 there, and g where exp(-g) vanishes.
-    gate_up = torch.tensor([[-1e4, 1e4, 0.0, 2.0, 3.0, 4.0]], device=device)
-    expected = torch.tensor([[-0.0, 3e4, 0.0]], device=device)
-    assert_bitwise_equal(launch_swiglu(gate_up), expected)
+    gate_up = torch.tensor([[-1e4, 1e4, 0.0, 2.0, 3.0, 4.0]], device=kernel.device)
+    expected = torch.tensor([[-0.0, 3e4, 0.0]], device=kernel.device)
+    assert_bitwise_equal(kernel(gate_up), expected)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+// Vectors of the instruction set that a file is compiled for, and the three float formats in them.
+//
+// Every operation is one IEEE operation a lane, so all instruction sets give the same bits.
+// Everything is `static`: a file compiled for a newer instruction set must not lend its copy to the
+// others.
+#pragma once
+
+#include "../float_formats.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace glm4 {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+template <DType TYPE>
+constexpr int64_t ITEM = TYPE == DType::float32 ? 4 : 2;
+
+// fp32 bits whose upper half is the bfloat16: round to nearest, ties to even; NaN: the quiet one.
+static inline Words bfloat16_in_upper_half(Floats x) {
+    const Words bits = Words(x);
+    const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return x == x ? rounded : Words{} + 0x7fc00000u;
+}
+
+// What GCC would make several instructions of. `larger` and `smaller` give b where one is NaN.
+//
+// maskz: of the plain forms GCC 12 warns that they read something uninitialised.
+#if defined(__AVX512F__)
+
+static inline Words widen(Halves h) {
+    return Words(_mm512_maskz_cvtepu16_epi32(0xffff, __m256i(h)));
+}
+static inline Halves narrow(Words w) {
+    return Halves(_mm512_maskz_cvtepi32_epi16(0xffff, __m512i(w)));
+}
+
+static inline Floats widen_float16(Halves h) {
+    return Floats(_mm512_maskz_cvtph_ps(0xffff, __m256i(h)));
+}
+
+static inline Halves narrow_to_float16(Floats x) {
+    return Halves(_mm512_maskz_cvtps_ph(0xffff, __m512(x), _MM_FROUND_TO_NEAREST_INT));
+}
+
+static inline Floats larger(Floats a, Floats b) {
+    return Floats(_mm512_maskz_max_ps(0xffff, __m512(a), __m512(b)));
+}
+static inline Floats smaller(Floats a, Floats b) {
+    return Floats(_mm512_maskz_min_ps(0xffff, __m512(a), __m512(b)));
+}
+
+#elif defined(__AVX2__)
+
+static inline Words widen(Halves h) { return Words(_mm256_cvtepu16_epi32(__m128i(h))); }
+
+static inline Halves narrow(Words w) {
+    const __m256i low = _mm256_and_si256(__m256i(w), _mm256_set1_epi32(0xffff));
+    const __m256i packed = _mm256_packus_epi32(low, low);  // within each half
+    return Halves(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+
+static inline Floats widen_float16(Halves h) { return Floats(_mm256_cvtph_ps(__m128i(h))); }
+
+static inline Halves narrow_to_float16(Floats x) {
+    return Halves(_mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT));
+}
+
+static inline Floats larger(Floats a, Floats b) {
+    return Floats(_mm256_max_ps(__m256(a), __m256(b)));
+}
+static inline Floats smaller(Floats a, Floats b) {
+    return Floats(_mm256_min_ps(__m256(a), __m256(b)));
+}
+
+#else
+
+static inline Words widen(Halves h) { return __builtin_convertvector(h, Words); }
+static inline Halves narrow(Words w) { return __builtin_convertvector(w, Halves); }
+
+static inline Floats widen_float16(Halves h) {
+    Floats x;
+    for (int lane = 0; lane < LANES; ++lane) x[lane] = float16_to_float(h[lane]);
+    return x;
+}
+
+static inline Halves narrow_to_float16(Floats x) {
+    Halves h;
+    for (int lane = 0; lane < LANES; ++lane) h[lane] = float_to_float16(x[lane]);
+    return h;
+}
+
+static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+static inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+
+#endif
+
+// x as it is after it was stored in the format and read again.
+template <DType TYPE>
+static inline Floats rounded(Floats x) {
+    if (TYPE == DType::bfloat16) return Floats(bfloat16_in_upper_half(x) & 0xffff0000u);
+    if (TYPE == DType::float16) return widen_float16(narrow_to_float16(x));
+    return x;
+}
+
+// The first `count` values from `data`, which may lie anywhere; 0 in the other lanes.
+template <DType TYPE>
+static inline Floats load(const void* data, int count = LANES) {
+    if (TYPE == DType::float32) {
+        Floats x = {};
+        memcpy(&x, data, 4 * count);
+        return x;
+    }
+    Halves h = {};
+    memcpy(&h, data, 2 * count);
+    if (TYPE == DType::float16) return widen_float16(h);
+    return Floats(widen(h) << 16);
+}
+
+// The first `count` lanes, each of which is a number of the format.
+template <DType TYPE>
+static inline void store_exact(void* data, Floats x, int count = LANES) {
+    if (TYPE == DType::float32) {
+        memcpy(data, &x, 4 * count);
+        return;
+    }
+    const Halves h = TYPE == DType::float16 ? narrow_to_float16(x) : narrow(Words(x) >> 16);
+    memcpy(data, &h, 2 * count);
+}
+
+// The first `count` lanes, rounded.
+template <DType TYPE>
+static inline void store(void* data, Floats x, int count = LANES) {
+    store_exact<TYPE>(data, TYPE == DType::bfloat16 ? rounded<TYPE>(x) : x, count);
+}
+
+// run(i, count) for 0..n in pieces of LANES, the last one shorter; in the others `count` is a
+// constant, which turns `load` and `store` into one instruction.
+template <typename Run>
+static inline void for_each_piece(int64_t n, const Run& run) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) run(i, LANES);
+    if (i < n) run(i, int(n - i));
+}
+
+}  // namespace glm4
