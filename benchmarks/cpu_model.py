@@ -477,7 +477,8 @@ class Ours:
             attention, mlp = block.attention, block.mlp
             seconds += timed(lambda a=attention: linear(x, a.qkv, a.qkv_bias))
             seconds += timed(lambda a=attention: linear(heads, a.o))
-            seconds += timed(lambda m=mlp: linear(x, m.gate_up))
+            fused = not isinstance(mlp.gate_up, Tensor)
+            seconds += timed(lambda m=mlp, f=fused: linear(x, m.gate_up, swiglu=f))
             seconds += timed(lambda m=mlp: linear(gated, m.down))
         return seconds * config.layers / len(blocks)
 

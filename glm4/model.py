@@ -385,17 +385,23 @@ class MLP:
         self.activations = activations
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = linear(x, self.gate_up, activations=self.activations)  # [T, 2 * ffn]
-        return linear(gk.swiglu(gate_up), self.down, activations=self.activations)
+        y = linear(x, self.gate_up, activations=self.activations, swiglu=True)  # [T, ffn]
+        return linear(y, self.down, activations=self.activations)
 
 
 def linear(
-    x: Tensor, weight: Weight, bias: Tensor | None = None, activations: str | None = None
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    activations: str | None = None,
+    swiglu: bool = False,
 ) -> Tensor:
-    """x [..., K] @ weight [N, K]^T + bias -> [..., N], whatever form the weight has."""
+    """x [..., K] @ weight [N, K]^T + bias -> [..., N], whatever form the weight has; with `swiglu`
+    its rows are gate | up, and silu(gate) * up comes back."""
     if isinstance(weight, Tensor):
-        return F.linear(x, weight, bias)
-    return gk.quantized_matmul(x, weight, bias, activations)
+        y = F.linear(x, weight, bias)
+        return gk.swiglu(y) if swiglu else y
+    return gk.quantized_matmul(x, weight, bias, activations, swiglu)
 
 
 def add_and_norm(
