@@ -245,8 +245,13 @@ def quantized_rows(stages: dict[str, Result]) -> Iterator[tuple[str, ...]]:
 
 
 def accuracy_rows(stages: dict[str, Result]) -> Iterator[tuple[str, ...]]:
-    """From the stage that most contenders took part in."""
-    stage = max(stages.values(), key=lambda s: sum(bool(c["tokens"]) for c in s["contenders"]))
+    """From the stage that most contenders took part in, with the most tokens."""
+
+    def size(stage: Result) -> tuple[int, int]:
+        keys = [list(map(int, c["tokens"])) for c in stage["contenders"] if c["tokens"]]
+        return len(keys), max(max(key) for key in keys)
+
+    stage = max(stages.values(), key=size)
     for c in sorted(stage["contenders"], key=lambda c: c["bits"]):
         if c["tokens"]:
             bits = f"{8 * c['bytes'] / stage['n'] / stage['k']:.2f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from benchmarks.peers import Contender, Layer, Problem, repeated
 
 
 def contenders() -> list[Contender]:
+    onnxruntime.set_global_thread_pool_sizes(int(os.environ["OMP_NUM_THREADS"]), 1)
     forms = (("int4 b128", 4, 128), ("int4 b32", 4, 32), ("int8 b128", 8, 128))
     blocks = [
         Contender(
@@ -72,8 +74,8 @@ def layer(problem: Problem, node: onnx.NodeProto, tensors: dict[str, np.ndarray]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     del graph
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = problem.threads
-    options.inter_op_num_threads = 1
+    # One pool for all sessions: the threads of the last one would spin beside those of the next.
+    options.use_per_session_threads = False
     options.log_severity_level = 3
     nbytes = sum(array.nbytes for array in tensors.values())
 
