@@ -9,8 +9,9 @@ import torch
 
 from benchmarks.peers import Contender, Layer, Problem
 from glm4_kernels.extension import extension
-from glm4_kernels.quantize import QuantizedWeight, quantize
+from glm4_kernels.quantize import quantize
 from glm4_kernels.quantized_matmul import quantized_matmul
+from glm4_kernels.quantized_weight import QuantizedWeight
 
 
 def contenders() -> list[Contender]:
@@ -30,8 +31,9 @@ def contenders() -> list[Contender]:
 
 def prepare(bits: int, group_size: int | None, problem: Problem) -> Layer:
     torch.set_num_threads(problem.threads)
-    weight = torch.from_numpy(problem.rows).repeat(problem.repeats, 1)
-    first = quantize(weight, bits, group_size)
+    rows = quantize(torch.from_numpy(problem.rows), bits, group_size)
+    repeated = (None if t is None else t.repeat(problem.repeats, 1) for t in rows.codes())
+    first = QuantizedWeight.from_codes(*repeated, bits, group_size)
     others = problem.copies(first.nbytes) - 1
     return Layer(
         nbytes=first.nbytes,
