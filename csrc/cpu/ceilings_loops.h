@@ -21,20 +21,27 @@ static inline uint64_t folded(const __m256i (&values)[N]) {
            uint64_t(_mm256_extract_epi64(all, 2)) | uint64_t(_mm256_extract_epi64(all, 3));
 }
 
-static inline __m256i half_line(const uint8_t* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+static inline __m256i line_at(const uint8_t* p, int64_t line) {
+    const __m256i* halves = reinterpret_cast<const __m256i*>(p + 64 * line);
+    return _mm256_or_si256(_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1));
 }
 
 static uint64_t read_lines(const uint8_t* p, int64_t n_lines) {
+    const int64_t half = n_lines / 2;
+    const uint8_t* q = p + 64 * half;
     __m256i sums[8] = {};
     int64_t line = 0;
-    for (; line + 4 <= n_lines; line += 4, p += 256) {
-        for (int i = 0; i < 8; i++) sums[i] = _mm256_or_si256(sums[i], half_line(p + 32 * i));
+    for (; line + 4 <= half; line += 4) {
+        for (int i = 0; i < 4; i++) {
+            sums[i] = _mm256_or_si256(sums[i], line_at(p, line + i));
+            sums[i + 4] = _mm256_or_si256(sums[i + 4], line_at(q, line + i));
+        }
     }
-    for (; line < n_lines; line++, p += 64) {
-        sums[0] = _mm256_or_si256(sums[0], half_line(p));
-        sums[1] = _mm256_or_si256(sums[1], half_line(p + 32));
+    for (; line < half; line++) {
+        sums[0] = _mm256_or_si256(sums[0], line_at(p, line));
+        sums[4] = _mm256_or_si256(sums[4], line_at(q, line));
     }
+    if (n_lines % 2) sums[0] = _mm256_or_si256(sums[0], line_at(p, n_lines - 1));
     return folded(sums);
 }
 

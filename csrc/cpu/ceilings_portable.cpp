@@ -4,13 +4,20 @@
 
 namespace glm4 {
 
+static void add_line(uint64_t (&sums)[8], const uint8_t* p, int64_t line) {
+    uint64_t words[8];
+    std::memcpy(words, p + 64 * line, 64);
+    for (int i = 0; i < 8; i++) sums[i] |= words[i];
+}
+
 static uint64_t read_lines(const uint8_t* p, int64_t n_lines) {
+    const int64_t half = n_lines / 2;
     uint64_t sums[8] = {};
-    for (int64_t line = 0; line < n_lines; line++, p += 64) {
-        uint64_t words[8];
-        std::memcpy(words, p, 64);
-        for (int i = 0; i < 8; i++) sums[i] |= words[i];
+    for (int64_t line = 0; line < half; line++) {
+        add_line(sums, p, line);
+        add_line(sums, p + 64 * half, line);
     }
+    if (n_lines % 2) add_line(sums, p, n_lines - 1);
     uint64_t sum = 0;
     for (uint64_t s : sums) sum |= s;
     return sum;
