@@ -7,6 +7,7 @@ Quirks of checkpoints end here. Both families of tensor names are read, whatever
 
 Nothing is read before every tensor's name, shape and dtype agree with config.json. Tensors are
 then read one by one onto the device, so the host never holds more than the model plus one.
+Quantised weights are the matter of `quantized_checkpoint`.
 Each error is one line that names the file, and the field or tensor.
 """
 
@@ -20,7 +21,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 import glm4_kernels as gk
-from glm4.model import Config, Model, Weight, check_dtype
+from glm4.model import Config, Model, Weight, check_dtype, overflows
+from glm4.quantization_config import Quantization, read_quantization
+from glm4.quantized_checkpoint import QuantizedPart, find_part, is_idle_bias, read_quantized
 from glm4.tensor_files import STORED_DTYPES, CheckpointError, Stored, find_tensors, read_json
 from glm4_kernels.library import bad_type, bad_value
 
@@ -53,8 +56,10 @@ def load(
 
     Args:
         device: "auto" is the GPU if there is one, else the CPU.
-        dtype: "auto" is the checkpoint's own; else "bfloat16", "float32" or "float16".
+        dtype: "auto" is the checkpoint's own; else "bfloat16", "float32" or "float16". Tools that
+            quantise write float16 whatever the model: where it would overflow, "auto" is bfloat16.
         quantize: None, "int8" or "int4": of the linear layers, as they are read; the head is int8.
+            Layers that are quantised on disk load as they are.
         rope_theta: overrides the checkpoint's.
         rope_mode: "reference" rounds RoPE's table as transformers does, "exact" (needed past 256K
             tokens) does not.
@@ -76,34 +81,62 @@ def load(
     target = resolve_device(device)
 
     folder = find_folder(path_or_repo)
-    config = read_config(folder, rope_theta)
-    config_json = read_json(folder / "config.json")
-    if rope_theta is None and config_json["model_type"] == "glm":
+    checkpoint = examine(folder, rope_theta)
+    config = checkpoint.config
+    if rope_theta is None and checkpoint.config_json["model_type"] == "glm":
         warn_of_theta(config, folder)
-    listing, stored = find_tensors(folder)
-    if "transformer.encoder.layers.0.post_self_attn_layernorm.weight" in stored:
-        config = replace(config, sandwich=True)  # configs of the remote code do not say it
-    sources = match_tensors(config, stored, listing)
-
     if dtype == "auto":
-        declared = str(config_json.get("dtype", config_json.get("torch_dtype")))
-        dtype = DTYPES.get(declared, STORED_DTYPES[sources["embedding"][0].dtype])
+        dtype = checkpoint.dtype
+        if checkpoint.quantised and overflows(config, dtype):
+            dtype = torch.bfloat16
     dtype = DTYPES[str(dtype).removeprefix("torch.")]
     check_dtype(config, dtype)
 
     weights: dict[str, Weight] = {}
     with progress_bar(f"Loading {folder.name}", len(config.shapes), progress) as show:
         for done, (name, shape) in enumerate(config.shapes.items(), 1):
-            if name == "lm_head" and config.tied:
-                weight = weights["embedding"]
+            if name in checkpoint.quantised:
+                weights[name] = read_quantized(checkpoint.quantised[name], target)
+            elif name == "lm_head" and config.tied:
+                weights[name] = prepare(name, weights["embedding"])
             else:
                 weight = torch.empty(shape, dtype=dtype, device=target)
-                read_into(weight, sources[name])
-            weights[name] = prepare(name, weight)
+                read_into(weight, checkpoint.floats[name])
+                weights[name] = prepare(name, weight)
             show(done)
     model = Model(config, weights, target, dtype, rope_mode, activations)
     model.path = folder
     return model
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose tensors are all there and as its config.json asks; none of them is read yet.
+
+    Each tensor of `config.shapes`, a tied head aside, is in `floats` or in `quantised`.
+    """
+
+    config: Config
+    config_json: dict[str, Any]
+    floats: dict[str, list[Stored]]
+    quantised: dict[str, list[QuantizedPart]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        declared = str(self.config_json.get("dtype", self.config_json.get("torch_dtype")))
+        return DTYPES.get(declared, STORED_DTYPES[self.floats["embedding"][0].dtype])
+
+
+def examine(folder: Path, rope_theta: float | None = None) -> Checkpoint:
+    """Raises CheckpointError if `folder` holds no whole GLM-4."""
+    config = read_config(folder, rope_theta)
+    config_json = read_json(folder / "config.json")
+    listing, stored = find_tensors(folder)
+    if "transformer.encoder.layers.0.post_self_attn_layernorm.weight" in stored:
+        config = replace(config, sandwich=True)  # configs of the remote code do not say it
+    quantization = read_quantization(folder, config_json)
+    floats, quantised = match_tensors(config, stored, listing, quantization)
+    return Checkpoint(config, config_json, floats, quantised)
 
 
 def preparer(quantize: str | None) -> Callable[[str, Tensor], Weight]:
@@ -206,11 +239,6 @@ def read_config(folder: Path, rope_theta: float | None = None) -> Config:
         raise CheckpointError(
             f"{path}: model_type must be that of a dense GLM-4 for text (chatglm, glm or glm4), "
             f"got {model_type!r}{vision}"
-        )
-    if config_json.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{path}: quantization_config is not supported yet: load the original checkpoint with "
-            "quantize='int8' or 'int4'"
         )
     for field, granted in GRANTED.items():
         if config_json.get(field, granted) != granted:
@@ -340,27 +368,50 @@ LAYER_NAMES = {
 }
 # Tables of RoPE that some checkpoints carry; the model computes its own.
 IGNORED = {"inv_freq", "cos_cached", "sin_cached"}
+# Those that may be quantised: the linear layers.
+LINEAR = {"qkv", "o", "gate_up", "down", "lm_head"}
+
+
+def names_on_disk(config: Config, ours: str, remote_code: bool = False) -> dict[str, int]:
+    """The tensors that a tensor of `config.shapes` is stored as: each name and its rows, in order
+    of the rows."""
+    rows = config.shapes[ours][0]
+    layer, _, kind = ours.removeprefix("layers.").rpartition(".")
+    if not layer:
+        return {NAMES[kind][remote_code]: rows}
+    own = PREFIXES[remote_code].format(layer)
+    names = [own + name for name in LAYER_NAMES[kind][remote_code].split()]
+    if len(names) == 1:
+        return {names[0]: rows}
+    heads = (config.heads, config.kv_heads, config.kv_heads)
+    return {name: n * config.head_dim for name, n in zip(names, heads, strict=True)}
 
 
 def match_tensors(
-    config: Config, stored: dict[str, Stored], listing: Path
-) -> dict[str, list[Stored]]:
-    """What is stored of each tensor in `config.shapes`; refuses any that differs."""
-    family = 1 if any(name.startswith("transformer.") for name in stored) else 0
-    head_rows = [config.heads, config.kv_heads, config.kv_heads]
-    sources, unexpected = {}, dict(stored)
-    for ours, (rows, *rest) in config.shapes.items():
+    config: Config,
+    stored: dict[str, Stored],
+    listing: Path,
+    quantization: Quantization | None = None,
+) -> tuple[dict[str, list[Stored]], dict[str, list[QuantizedPart]]]:
+    """What is stored of each tensor in `config.shapes`, as floats or else quantised; refuses any
+    that differs."""
+    remote_code = any(name.startswith("transformer.") for name in stored)
+    floats: dict[str, list[Stored]] = {}
+    quantised: dict[str, list[QuantizedPart]] = {}
+    unexpected = dict(stored)
+    for ours, (_, *rest) in config.shapes.items():
         if ours == "lm_head" and config.tied:
             continue
-        layer, _, kind = ours.removeprefix("layers.").rpartition(".")
-        if layer:
-            own = PREFIXES[family].format(layer)
-            parts = [own + name for name in LAYER_NAMES[kind][family].split()]
-        else:
-            parts = [NAMES[kind][family]]
-        n_rows = [rows] if len(parts) == 1 else [n * config.head_dim for n in head_rows]
-        for name, n in zip(parts, n_rows, strict=True):
+        kind = ours.rpartition(".")[2]
+        rows_of = names_on_disk(config, ours, remote_code)
+        for name, n in rows_of.items():
             expected = [n, *rest]
+            if quantization is not None and kind in LINEAR:
+                module = name.removesuffix(".weight")
+                part = find_part(quantization, module, expected, unexpected, listing)
+                if part is not None:
+                    quantised.setdefault(ours, []).append(part)
+                    continue
             tensor = unexpected.pop(name, None)
             if tensor is None:
                 raise CheckpointError(f"{listing}: tensor {name} {expected} is missing")
@@ -373,14 +424,19 @@ def match_tensors(
                     f"{tensor.path}: tensor {name} must be {', '.join(STORED_DTYPES)}, "
                     f"got {tensor.dtype}"
                 )
-        sources[ours] = [stored[name] for name in parts]
+            floats.setdefault(ours, []).append(tensor)
+        if ours in floats and ours in quantised:
+            raise CheckpointError(
+                f"{listing}: tensors {', '.join(rows_of)} must be all quantised or none, got both"
+            )
     for name, tensor in unexpected.items():
-        if name.rpartition(".")[2] not in IGNORED:
+        idle = quantization is not None and is_idle_bias(quantization, tensor)
+        if name.rpartition(".")[2] not in IGNORED and not idle:
             raise CheckpointError(
                 f"{tensor.path}: tensor {name} {list(tensor.shape)} is unexpected; config.json "
                 "describes a model without it"
             )
-    return sources
+    return floats, quantised
 
 
 def read_into(weight: Tensor, parts: list[Stored]) -> None:

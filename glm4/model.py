@@ -416,8 +416,12 @@ def add_and_norm(
 def check_dtype(config: Config, dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    if dtype == torch.float16 and config.hidden >= FP16_OVERFLOWS_FROM_HIDDEN:
+    if overflows(config, dtype):
         raise ValueError(
             "dtype must be bfloat16 or float32, got float16: the activations of GLM-4 at hidden "
             f"size {config.hidden} overflow it and the model would write garbage"
         )
+
+
+def overflows(config: Config, dtype: torch.dtype) -> bool:
+    return dtype == torch.float16 and config.hidden >= FP16_OVERFLOWS_FROM_HIDDEN

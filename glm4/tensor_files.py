@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,10 @@ def opened(path: Path) -> Iterator[Any]:
 def find_tensors(folder: Path) -> tuple[Path, dict[str, Stored]]:
     """(the file that lists them, every tensor by name) from the headers alone."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not single.is_file() and not index.is_file():
+        # Tools for GPTQ name a file after its bits and groups.
+        index = lone(folder.glob("*.safetensors.index.json")) or index
+        single = lone(p for p in folder.glob("*.safetensors") if "-of-" not in p.name) or single
     if single.is_file():
         return single, {tensor.name: tensor for tensor in tensors_in(single)}
     if not index.is_file():
@@ -110,6 +114,11 @@ def find_tensors(folder: Path) -> tuple[Path, dict[str, Stored]]:
         if name not in stored:
             raise CheckpointError(f"{folder / file}: tensor {name} is missing")
     return index, stored
+
+
+def lone(paths: Iterable[Path]) -> Path | None:
+    found = list(paths)
+    return found[0] if len(found) == 1 else None
 
 
 def tensors_in(path: Path) -> list[Stored]:

@@ -178,7 +178,7 @@ def test_hf_theta_warns(kv_heads, original, tmp_path):
         ({"original_rope": False}, "original_rope must be true, got false"),
         ({"hidden_act": "gelu"}, 'hidden_act must be "silu", got "gelu"'),
         ({"add_bias_linear": True}, "add_bias_linear must be false"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported yet"),
+        ({"quantization_config": {"bits": 4}}, "quant_method must be .* got None"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
         ({"attention_bias": None}, "attention_bias is missing"),
