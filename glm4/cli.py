@@ -24,6 +24,7 @@ EXAMPLES = """\
 examples:
   glm4 generate --prompt "In the beginning"
   glm4 generate --model zai-org/GLM-4-9B-0414 --temperature 0.8 --top-p 0.8 < prompt.txt
+  glm4 quantize zai-org/GLM-4-9B-0414 GLM-4-9B-0414-int4 --bits 4 --group-size 128
   glm4 env
 """
 
@@ -86,6 +87,35 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quantize", choices=("int8", "int4"), help="weights, as they are loaded")
     command.add_argument(
         "--rope-theta", type=float, metavar="X", help="overrides the one in config.json"
+    )
+
+    command = commands.add_parser(
+        "quantize", help="write a smaller checkpoint", description=quantize.__doc__
+    )
+    command.set_defaults(run=quantize)
+    command.add_argument("source", metavar="SRC", help="a folder or Hub repository")
+    command.add_argument("target", metavar="DST", help="a folder that does not exist yet")
+    command.add_argument(
+        "--bits", type=int, choices=(4, 8), default=4, help="of the linear layers; default: 4"
+    )
+    command.add_argument(
+        "--group-size",
+        choices=("32", "64", "128", "channel"),
+        help="weights that share a scale; default: 128, with --bits 8 channel",
+    )
+    command.add_argument(
+        "--asymmetric", action="store_true", help="a zero point per group, beside its scale"
+    )
+    command.add_argument(
+        "--head-bits",
+        type=int,
+        choices=(4, 8, 16),
+        default=8,
+        help="of lm_head; 16 leaves it as it is; default: 8",
+    )
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    command.add_argument(
+        "--rope-theta", type=float, metavar="X", help="written in place of the source's"
     )
 
     command = commands.add_parser(
@@ -157,6 +187,26 @@ def generate(args: argparse.Namespace) -> None:
         speeds += f", decode {_speed(n_decoded, decode)}"
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"glm4: {speeds} on {model.device} in {dtype}", file=sys.stderr)
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """Writes a checkpoint with its linear layers in 4 or 8 bits (compressed-tensors'
+    pack-quantized), layer by layer: memory stays that of one layer."""
+    from glm4.quantize import quantize_checkpoint
+
+    named = args.group_size or ("128" if args.bits == 4 else "channel")
+    target = quantize_checkpoint(
+        args.source,
+        args.target,
+        args.bits,
+        None if named == "channel" else int(named),
+        not args.asymmetric,
+        args.head_bits,
+        args.device,
+        args.rope_theta,
+    )
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(f"glm4: wrote {target}, {size / 1e9:.2f} GB", file=sys.stderr)
 
 
 def _speed(n_tokens: int, seconds: float) -> str:

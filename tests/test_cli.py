@@ -82,6 +82,41 @@ def test_quantize_and_dtype_flags(checkpoint_folder, capsys):
     assert out == tokenizer.decode(model.generate([prompt], left)[0]) + "\n"
 
 
+def quantize(folder, target, *flags):
+    return main(["quantize", str(folder), str(target), *flags])
+
+
+def test_quantize_writes_what_load_would(checkpoint_folder, tmp_path, capsys):
+    """Each flag by what it does to the file; then the text of the result."""
+    target = tmp_path / "target"
+    assert quantize(checkpoint_folder, target, "--device", "cpu") == 0
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"glm4: wrote .*target, \d\.\d\d GB\n", err)
+    assert generate(target, "--max-new-tokens", "12") == 0
+    tokenizer = Tokenizer(checkpoint_folder)
+    tokens = glm4.load(target).generate([tokenizer.encode("the word")], 12)[0]
+    assert capsys.readouterr().out == tokenizer.decode(tokens) + "\n"
+
+    flags = ("--bits", "8", "--group-size", "32", "--asymmetric", "--head-bits", "16")
+    assert quantize(checkpoint_folder, tmp_path / "b", *flags, "--rope-theta", "5e6") == 0
+    model = glm4.load(tmp_path / "b", "cpu")
+    down = model.blocks[0].mlp.down
+    assert (down.bits, down.group_size, down.zero_point is None) == (8, 32, False)
+    assert isinstance(model.lm_head, torch.Tensor) and model.config.theta == 5e6
+    assert quantize(checkpoint_folder, tmp_path / "c", "--bits", "8") == 0
+    assert glm4.load(tmp_path / "c", "cpu").blocks[0].mlp.down.group_size is None
+
+
+def test_quantize_refuses_in_one_line(checkpoint_folder, folder, tmp_path, capsys):
+    assert quantize(checkpoint_folder, folder) == 1
+    assert re.fullmatch(r"glm4: .*tiny: must not exist yet; .*\n", capsys.readouterr().err)
+    nan_weights(folder)
+    assert quantize(folder, tmp_path / "target") == 1
+    message = r"glm4: .*tensor lm_head\.weight must be finite, got NaN .*\n"
+    assert re.fullmatch(message, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
 # Each breaks a good checkpoint, and may return more flags.
 def not_glm4(folder):
     change_config(folder, model_type="llama")
@@ -205,6 +240,9 @@ def test_bad_input_is_one_line(folder, capsys, breaks, message):
         (["generate", "--repetition-penalty", "nan"], "repetition_penalty must be over 0"),
         (["generate", "--seed", "-1"], "seed must be at least 0"),
         (["generate", "--quantize", "int3"], "invalid choice: 'int3'"),
+        (["quantize", "x"], "the following arguments are required: DST"),
+        (["quantize", "x", "y", "--bits", "3"], "invalid choice: 3"),
+        (["quantize", "x", "y", "--group-size", "16"], "invalid choice: '16'"),
         (["env", "--model", "x"], "unrecognized arguments"),
     ],
 )
