@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -163,6 +164,7 @@ def run_stage(
     """Yields the stage's result as it grows."""
     threads = torch.get_num_threads()
     probe = Probe(threads)
+    began = time.monotonic()
     with ExitStack() as stack:
         say("starting the peers")
         started, skipped = start_peers(peers, threads, stack)
@@ -196,6 +198,7 @@ def run_stage(
         for n_tokens in stage.tokens:
             measure(entrants, rows, n_tokens, stage, effort, probe, say)
             result["timed"].append(n_tokens)
+            result["seconds"] = round(time.monotonic() - began)
             yield result
 
 
@@ -356,6 +359,8 @@ def judged(turns: list[dict[str, Any]], nbytes: int, operations: int) -> dict[st
 def held(file: Path, origin: dict[str, Any]) -> dict[str, Any]:
     """The stages that a file holds of the same sources, versions and machine; else none."""
     found = json.loads(file.read_text())
+    if "provenance" not in found or "quantized" not in found:
+        raise ValueError(f"quantized: --json must be new or an earlier result of it, got {file}")
     same = ("source_hash", "versions", "device", "threads", "quick")
     if any(found["provenance"].get(key) != origin[key] for key in same):
         return {}

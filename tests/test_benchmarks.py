@@ -313,6 +313,10 @@ def test_quantized_runs_and_resumes(small_stage, tmp_path, capsys):
     assert quantized.held(file, result["provenance"]) == result["quantized"]
     assert quantized.held(file, result["provenance"] | {"source_hash": "another"}) == {}
 
+    file.write_text(json.dumps({"ops": []}))
+    assert main(["quantized", "--quick", "--json", str(file)]) == 2
+    assert "--json must be new" in one_line(capsys.readouterr().err)
+
 
 def test_a_peer_that_dies_is_named():
     peer = quantized.PeerProcess("torch_linear", 1)

@@ -13,27 +13,36 @@ from glm4_kernels.quantize import quantize
 from glm4_kernels.quantized_matmul import quantized_matmul
 from glm4_kernels.quantized_weight import QuantizedWeight
 
+# Name, bits, group, symmetric, method. The first of its bits is the one that is compared.
+FORMS = (
+    ("int4 g128", 4, 128, True, "search"),
+    ("int4 g32", 4, 32, True, "search"),
+    ("int4 g32 hqq", 4, 32, False, "hqq"),
+    ("int8", 8, None, True, "search"),
+    ("int8 g128", 8, 128, True, "search"),
+)
+
 
 def contenders() -> list[Contender]:
     extension()  # the fallback in torch is no contender
-    forms = (("int4 g128", 4, 128), ("int4 g32", 4, 32), ("int8", 8, None))
     return [
         Contender(
             f"glm4_kernels {name}",
             bits,
-            f"weights symmetric, {f'groups of {group}' if group else 'per channel'}; activations "
-            "int8 by group; bf16 in and out",
-            partial(prepare, bits, group),
+            f"weights {'symmetric' if symmetric else 'with float zero points'}, "
+            f"{f'groups of {group}' if group else 'per channel'}; activations int8 by group; "
+            "bf16 in and out",
+            partial(prepare, (bits, group, symmetric, method)),
         )
-        for name, bits, group in forms
+        for name, bits, group, symmetric, method in FORMS
     ]
 
 
-def prepare(bits: int, group_size: int | None, problem: Problem) -> Layer:
+def prepare(form: tuple[int, int | None, bool, str], problem: Problem) -> Layer:
     torch.set_num_threads(problem.threads)
-    rows = quantize(torch.from_numpy(problem.rows), bits, group_size)
+    rows = quantize(torch.from_numpy(problem.rows), *form)
     repeated = (None if t is None else t.repeat(problem.repeats, 1) for t in rows.codes())
-    first = QuantizedWeight.from_codes(*repeated, bits, group_size)
+    first = QuantizedWeight.from_codes(*repeated, rows.bits, rows.group_size)
     others = problem.copies(first.nbytes) - 1
     return Layer(
         nbytes=first.nbytes,
