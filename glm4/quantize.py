@@ -43,6 +43,7 @@ from glm4.model import Config, Weight
 from glm4.quantization_config import Scheme, write_quantization
 from glm4.quantized_checkpoint import Codes, pack_quantized
 from glm4.tensor_files import STORED_DTYPES, CheckpointError, read_json
+from glm4.tokenizer_model import convert_tokenizer
 from glm4_kernels.library import bad_value
 from glm4_kernels.quantized_weight import slabs
 
@@ -300,10 +301,12 @@ def copy_companions(source: Path, target: Path, remote_code: bool) -> None:
         given.pop("auto_map", None)
         given["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_json(target / "tokenizer_config.json", given)
+    if not (target / "tokenizer.json").is_file() and (source / "tokenizer.model").is_file():
+        convert_tokenizer(source / "tokenizer.model").save(str(target / "tokenizer.json"))
     if not (target / "tokenizer.json").is_file():
         warnings.warn(
-            f"{source}: has no tokenizer.json, so the quantised checkpoint has none either; copy "
-            "the one of the -hf or 0414 repository of this model into it",
+            f"{source}: has neither tokenizer.json nor tokenizer.model, so what is written has no "
+            "tokenizer either; copy one into it",
             stacklevel=4,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import signal
@@ -24,6 +25,7 @@ import glm4_kernels as gk
 from glm4 import quantize
 from glm4.quantize import integer_zero_points, quantize_checkpoint
 from glm4.quantized_checkpoint import Codes
+from glm4.tokenizer import Tokenizer
 
 # K of 256 and 384: two and three groups of 128.
 SIZES = {"hidden_size": 256, "intermediate_size": 384}
@@ -209,9 +211,17 @@ def test_remote_code_becomes_transformers(kind, tmp_path):
 
 def test_missing_tokenizer_warns(tmp_path):
     source = write_checkpoint(tmp_path / "source")
-    (source / "tokenizer.model").write_text("")
-    with pytest.warns(UserWarning, match=r"source: has no tokenizer\.json, so .* copy the one of"):
+    with pytest.warns(UserWarning, match=r"source: has neither tokenizer\.json nor") as caught:
         quantize_checkpoint(source, tmp_path / "target")
+    assert caught[0].filename == __file__
+
+
+def test_tokenizer_of_the_remote_code_is_converted(tmp_path):
+    source = write_checkpoint(tmp_path / "source")
+    every_byte = [b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)]
+    (source / "tokenizer.model").write_bytes(b"".join(every_byte))
+    target = quantize_checkpoint(source, tmp_path / "target")
+    assert Tokenizer(target).encode("ab") == [258, 260, 97, 98]
 
 
 def test_theta_is_written(source, tmp_path):
