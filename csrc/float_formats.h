@@ -41,8 +41,8 @@ GLM4_HOST_DEVICE float bfloat16_to_float(uint16_t value) {
 // Round to nearest, ties to even; every NaN becomes the quiet one.
 GLM4_HOST_DEVICE uint16_t float_to_bfloat16(float value) {
     const uint32_t bits = bits_of(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
 GLM4_HOST_DEVICE float float16_to_float(uint16_t value) {

@@ -5,7 +5,7 @@
 activations="float": x as it is, products and sums in fp32.
 activations="int8": each row of x is first rounded to int8, a scale per group of A values of K:
 
-    s = max|x| / 127        q = round_half_even(x / s)        x ~ s * q
+    s = max|x| / 127        q = round_half_even(x * (1 / s))        x ~ s * q
 
 A = min(weight group, ACTIVATION_GROUP) (the last group of a row may be shorter). Then
 
@@ -16,7 +16,7 @@ sum is of q * (u - h), h = 2^(bits-1), and a zero point adds (h - z) * sum of s 
 
 swiglu: the rows of W are gate | up, y = silu(gate half) * up half, as `swiglu` rounds it.
 
-Rounding points: s, x / s and q as above; fp32 accumulation; bias added in fp32; one rounding to the
+Rounding points: s, 1 / s, x * (1 / s) and q as above (q = 0 where s is not a normal number); fp32 accumulation; bias added in fp32; one rounding to the
 dtype of x, and those of swiglu.
 
 Bytes moved: N * K * bits / 8 + scales and zero points + (M * K + M * N) * itemsize; the floor is
@@ -56,9 +56,9 @@ def quantize_activations(x: Tensor, group_size: int | None) -> tuple[Tensor, Ten
     padding = -n_cols % group
     groups = torch.nn.functional.pad(x.float(), (0, padding)).unflatten(1, (-1, group))
     scale = groups.abs().amax(-1) / 127
-    usable = (scale > 0) & scale.isfinite()
-    step = torch.where(usable, scale, 1.0).unsqueeze(-1)
-    q = torch.where(usable.unsqueeze(-1), (groups / step).round(), 0.0).clamp(-127, 127)
+    usable = (scale >= torch.finfo(torch.float32).tiny) & scale.isfinite()
+    steps_in_one = (1.0 / torch.where(usable, scale, 1.0)).unsqueeze(-1)
+    q = torch.where(usable.unsqueeze(-1), (groups * steps_in_one).round(), 0.0).clamp(-127, 127)
     return q.to(torch.int8).flatten(1)[:, :n_cols], scale
 
 

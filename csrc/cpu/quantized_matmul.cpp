@@ -21,6 +21,8 @@ constexpr int64_t PRODUCTS_PER_THREAD = int64_t(1) << 18;
 // few rows of x, each a stream of memory long enough for the prefetchers.
 constexpr int64_t BLOCKS_PER_THREAD = 16;
 constexpr int64_t MIN_BLOCK_BYTES = 64 << 10;
+// Rows of x are taken in blocks of about so many bytes, which stay in L2 for a block of panels.
+constexpr int64_t ROW_BLOCK_BYTES = 512 << 10;
 
 static std::vector<const MultiplyVariant*> runnable_variants() {
     std::vector<const MultiplyVariant*> variants;
@@ -51,22 +53,21 @@ std::vector<std::string> cpu_variants() {
     return names;
 }
 
-// Memory that is not zeroed.
-template <typename T>
-static std::unique_ptr<T[]> uninitialized(int64_t count) {
-    return std::unique_ptr<T[]>(new T[std::size_t(count)]);
-}
-
-// A thread's scratch, kept between calls.
-static float* scratch(int64_t count) {
-    thread_local std::unique_ptr<float[]> memory;
-    thread_local int64_t size = 0;
-    if (size < count) {
-        memory = uninitialized<float>(count);
-        size = count;
+// Memory that a thread keeps between calls, so that its pages need not be mapped again each time.
+class Scratch {
+  public:
+    char* at_least(int64_t bytes) {
+        if (size_ < bytes) {
+            memory_.reset(new char[std::size_t(bytes)]);  // not zeroed
+            size_ = bytes;
+        }
+        return memory_.get();
     }
-    return memory.get();
-}
+
+  private:
+    std::unique_ptr<char[]> memory_;
+    int64_t size_ = 0;
+};
 
 void quantized_matmul_cpu(const QuantizedMatmul& problem, int64_t activation_group, int n_threads,
                           const std::string& variant_name) {
@@ -87,17 +88,16 @@ void quantized_matmul_cpu(const QuantizedMatmul& problem, int64_t activation_gro
     Activations a{};
     a.chunk = std::min<int64_t>(w.group_size, rounds ? activation_group : MAX_CHUNK);
     a.n_chunks = (w.k + a.chunk - 1) / a.chunk;
-    a.stride = w.k + BLOCK_BYTES;  // rows of 4096 would all meet in the same sets of L1
-    std::unique_ptr<int8_t[]> q;
-    std::unique_ptr<float[]> step, total, exact;
-    std::unique_ptr<int32_t[]> offset;
+    thread_local Scratch activations;
+    const int64_t q_bytes = (m * w.k + 63) / 64 * 64, step_bytes = m * a.n_chunks * 4;
     if (rounds) {
-        a.q = (q = uninitialized<int8_t>(m * a.stride)).get();
-        a.step = (step = uninitialized<float>(m * a.n_chunks)).get();
-        a.offset = (offset = uninitialized<int32_t>(m * a.n_chunks)).get();
-        if (w.zero_point) a.total = (total = uninitialized<float>(m * n_groups)).get();
+        char* memory = activations.at_least(q_bytes + 2 * step_bytes + m * n_groups * 4);
+        a.q = reinterpret_cast<int8_t*>(memory);
+        a.step = reinterpret_cast<float*>(memory + q_bytes);
+        a.offset = reinterpret_cast<int32_t*>(memory + q_bytes + step_bytes);
+        if (w.zero_point) a.total = reinterpret_cast<float*>(memory + q_bytes + 2 * step_bytes);
     } else {
-        a.exact = (exact = uninitialized<float>(m * w.k)).get();
+        a.exact = reinterpret_cast<float*>(activations.at_least(m * w.k * 4));
     }
     const auto prepare = rounds ? variant.quantize_row : variant.convert_row;
     for_each_block(int(std::min<int64_t>(n_threads, m)), m,
@@ -112,22 +112,29 @@ void quantized_matmul_cpu(const QuantizedMatmul& problem, int64_t activation_gro
     const int64_t block_tiles = panel * std::max(fewest, most);
     const int64_t n_blocks = (tiles + block_tiles - 1) / block_tiles;
     const auto multiply = rounds ? variant.multiply : variant.multiply_exact;
-    const int64_t c_size = m * panel * TILE_ROWS;
+    const int64_t rows = ROW_BLOCK_BYTES / (w.k * (rounds ? 1 : int64_t(sizeof(float)))) + 1;
+    const int64_t c_size = std::min(m, 2 * rows) * panel * TILE_ROWS;
 
     for_each_block(n_threads, n_blocks, [&](int64_t block) {
-        float* c = scratch(2 * c_size);
+        thread_local Scratch sums;
+        float* c = reinterpret_cast<float*>(sums.at_least(2 * c_size * 4));
         const int64_t end = std::min((block + 1) * block_tiles, tiles);
-        for (int64_t tile = block * block_tiles; tile < end;) {
-            const int64_t left = std::min(panel, end - tile);
-            const int count = left == 3 ? 2 : int(left);  // 4, 2 or 1
-            multiply(problem, a, tile, count, c);
-            if (problem.swiglu) {
-                multiply(problem, a, tiles + tile, count, c + c_size);
-                variant.write_swiglu(problem, tile, count, c, c + c_size);
-            } else {
-                variant.write_result(problem, tile, count, c);
+        int64_t m0 = 0;
+        for (int64_t row_block = 1; m0 < m; ++row_block) {
+            const int64_t m1 = variant.row_block(m, rows, row_block);
+            for (int64_t tile = block * block_tiles; tile < end;) {
+                const int64_t left = std::min(panel, end - tile);
+                const Part part{m0, m1, tile, left == 3 ? 2 : int(left)};  // 4, 2 or 1 tiles
+                multiply(problem, a, part, c);
+                if (problem.swiglu) {
+                    multiply(problem, a, {m0, m1, tiles + tile, part.tiles}, c + c_size);
+                    variant.write_swiglu(problem, part, c, c + c_size);
+                } else {
+                    variant.write_result(problem, part, c);
+                }
+                tile += part.tiles;
             }
-            tile += count;
+            m0 = m1;
         }
     });
 }

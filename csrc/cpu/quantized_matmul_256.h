@@ -17,6 +17,11 @@ struct Lanes256 {
         __m256 half[2];
     };
     static constexpr int M_TILE = 2, N_TILES = 1, ONE_ROW_TILES = 2;
+    static constexpr bool by_hand(int, int) { return false; }
+    template <int BITS, int MT>
+    static void add_chunks(...);  // not by hand
+    template <int BITS, int MT>
+    static void add_groups(...);
     template <int BITS>
     static constexpr int32_t BIAS = 0;
 
@@ -38,6 +43,48 @@ struct Lanes256 {
     }
     static Float mul(const Float& a, const Float& b) {
         return {{_mm256_mul_ps(a.half[0], b.half[0]), _mm256_mul_ps(a.half[1], b.half[1])}};
+    }
+    static Int add(const Int& a, const Int& b) {
+        return {{_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])}};
+    }
+    static Int larger_magnitude(const Int& a, const Float& x) {
+        const auto one = [](__m256i largest, __m256 value) {
+            const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+            return _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(value), mask));
+        };
+        return {{one(a.half[0], x.half[0]), one(a.half[1], x.half[1])}};
+    }
+    static Int nearest(const Float& x) {
+        return {{_mm256_cvtps_epi32(x.half[0]), _mm256_cvtps_epi32(x.half[1])}};
+    }
+    static Int clamp_and_store(int8_t* out, Int x) {
+        for (__m256i& half : x.half) {
+            half = _mm256_max_epi32(half, _mm256_set1_epi32(-127));
+            half = _mm256_min_epi32(half, _mm256_set1_epi32(127));
+        }
+        // Packing works within 128 bits: lanes 0-3, 8-11, 4-7, 12-15 come out.
+        const __m256i words = _mm256_packs_epi32(x.half[0], x.half[1]);
+        const __m256i in_order = _mm256_permute4x64_epi64(words, 0xd8);
+        const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(in_order),
+                                              _mm256_extracti128_si256(in_order, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+        return x;
+    }
+    static int32_t largest(const Int& x) {
+        alignas(32) int32_t lane[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(lane),
+                           _mm256_max_epi32(x.half[0], x.half[1]));
+        int32_t y = lane[0];
+        for (int32_t one : lane) y = one > y ? one : y;
+        return y;
+    }
+    static int32_t total(const Int& x) {
+        alignas(32) int32_t lane[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(lane),
+                           _mm256_add_epi32(x.half[0], x.half[1]));
+        int32_t y = 0;
+        for (int32_t one : lane) y += one;
+        return y;
     }
 
     static Float load_as_float(const void* data, DType dtype, int64_t i) {
@@ -96,8 +143,7 @@ struct Lanes256 {
 
     // dot32 for processors with vpdpbusd, given as `dpbusd`.
     template <int BITS, int MT, int NT, typename Dpbusd>
-    static void vnni_dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT],
-                           const int8_t* const (&x)[MT], const Dpbusd& dpbusd) {
+    static void vnni_dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x, const Dpbusd& dpbusd) {
         constexpr int QUADS = 8 / BITS;
 #pragma GCC unroll 8
         for (int block = 0; block < 8 / QUADS; ++block) {
@@ -111,7 +157,7 @@ struct Lanes256 {
                     const __m256i u[2] = {codes<BITS>(packed[0], i), codes<BITS>(packed[1], i)};
 #pragma GCC unroll 2
                     for (int m = 0; m < MT; ++m) {
-                        const __m256i four = quad(x[m] + (block * QUADS + i) * 4);
+                        const __m256i four = quad(x + ((block * QUADS + i) * MT + m) * 4);
                         acc[n][m].half[0] = dpbusd(acc[n][m].half[0], u[0], four);
                         acc[n][m].half[1] = dpbusd(acc[n][m].half[1], u[1], four);
                     }

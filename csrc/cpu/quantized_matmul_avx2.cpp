@@ -15,8 +15,7 @@ struct Lanes : Lanes256 {
     static __m256i widened(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
     template <int BITS, int MT, int NT>
-    static void dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT],
-                      const int8_t* const (&x)[MT]) {
+    static void dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x) {
         for (int n = 0; n < NT; ++n) {
             for (int half = 0; half < 2; ++half) {
                 if (BITS == 4) {
@@ -29,7 +28,7 @@ struct Lanes : Lanes256 {
                         for (int i = 0; i < 2; ++i) {
                             const __m256i u = codes<4>(packed, i);
                             for (int m = 0; m < MT; ++m) {
-                                const __m256i four = quad(x[m] + (block * 2 + i) * 4);
+                                const __m256i four = quad(x + ((block * 2 + i) * MT + m) * 4);
                                 sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(u, four));
                             }
                         }
@@ -45,7 +44,7 @@ struct Lanes : Lanes256 {
                             bytes(w[n] + block * BLOCK_BYTES + half * 32), _mm256_set1_epi8(-128));
                         const __m256i magnitude = _mm256_abs_epi8(signed_w);
                         for (int m = 0; m < MT; ++m) {
-                            const __m256i four = _mm256_sign_epi8(quad(x[m] + block * 4), signed_w);
+                            const __m256i four = _mm256_sign_epi8(quad(x + (block * MT + m) * 4), signed_w);
                             __m256i& total = acc[n][m].half[half];
                             total = _mm256_add_epi32(
                                 total, widened(_mm256_maddubs_epi16(magnitude, four)));

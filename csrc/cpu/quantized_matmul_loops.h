@@ -6,10 +6,16 @@
 //   Int, Float                          16 x int32, 16 x fp32; + and * on Float by add, mul
 //   load(int32*, float*), set(one)      all lanes from memory, or from one value
 //   load_as_float(data, dtype, i)       16 values of any DType
-//   dot32<BITS>(acc, w, x)              acc[n][m] += 32 columns of tile n times row m of x
+//   larger_magnitude(a, x)              max(a, bits of |x|): NaN is the largest
+//   nearest(x)                          to the nearest integer, ties to even
+//   clamp_and_store(q, x)               -127 .. 127 as int8; returns them
+//   largest(x), total(x)                across lanes
+//   dot32<BITS>(acc, w, x)              acc[n][m] += 32 columns of tile n times row m of x, from
+//                                       x [8][MT][4]
 //   unpack32<BITS>(w, out)              32 columns of a tile as floats, [32][16]
 //   BIAS<BITS>                          what dot32 takes off every u
 //   M_TILE                              rows of x that dot32 likes to take at once, at most
+//   by_hand(MT, NT)                     whether it has its own add_chunks and add_groups for those
 #pragma once
 
 #include "quantized_matmul.h"
@@ -19,8 +25,8 @@ namespace glm4 {
 using Int = Lanes::Int;
 using Float = Lanes::Float;
 
-// Bytes of W per panel that are read again for every M_TILE rows of x: they stay in L1.
-constexpr int64_t PANEL_BYTES = 32 << 10;
+// Columns of W that are read again for every M_TILE rows of x, at most: two tiles of them stay in L1.
+constexpr int64_t PANEL_COLUMNS = 1024;
 
 // Integer sums are of q * (u - middle), exact; a zero point adds (middle - z) * total in fp32. The
 // middle is the symmetric zero point, and close to most others: little cancels.
@@ -31,190 +37,206 @@ static Float zero_point_from_middle(const QuantizedWeight& w, int64_t at) {
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The rows of x, in runs of at most M_TILE that are multiplied together; evenly: 8 rows are 4 and 4,
+// not 6 and 2.
+struct Runs {
+    int64_t m, count;
+    explicit Runs(int64_t rows) : m(rows), count((rows + Lanes::M_TILE - 1) / Lanes::M_TILE) {}
+    int64_t start(int64_t run) const { return m * run / count; }
+    int64_t of_row(int64_t row) const { return ((row + 1) * count - 1) / m; }
+};
+
 // ---- activations
 
-struct Bfloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-static inline float to_float(float x) { return x; }
-static inline float to_float(Bfloat16 x) { return bfloat16_to_float(x.bits); }
-static inline float to_float(Float16 x) { return float16_to_float(x.bits); }
-static inline void from_float(float x, float* out) { *out = x; }
-static inline void from_float(float x, Bfloat16* out) { out->bits = float_to_bfloat16(x); }
-static inline void from_float(float x, Float16* out) { out->bits = float_to_float16(x); }
+// Below it (and it is below what any activation is) 1 / step may overflow: such a chunk is zero.
+constexpr float SMALLEST_STEP = 1.17549435e-38f;
 
-template <typename Value>
-static void quantize_row_of(const QuantizedMatmul& problem, const Activations& a, int64_t m) {
+static void quantize_row(const QuantizedMatmul& problem, const Activations& a, int64_t m) {
     const QuantizedWeight& w = problem.w;
-    const Value* x = static_cast<const Value*>(problem.x) + m * w.k;
-    int8_t* q = a.q + m * a.stride;
+    const Runs runs(problem.m);
+    const int64_t first = runs.start(runs.of_row(m));
+    const int64_t n_rows = runs.start(runs.of_row(m) + 1) - first, row = m - first;
+    int8_t* q = a.q + first * w.k + row * 4;
+    float* steps = a.step + first * a.n_chunks + row;
+    int32_t* offsets = a.offset + first * a.n_chunks + row;
+    float* totals = a.total + first * (w.k / w.group_size) + row;
     const int32_t bias = w.bits == 4 ? Lanes::BIAS<4> : Lanes::BIAS<8>;
     const int32_t middle = 1 << (w.bits - 1);
     float total = 0.0f;
     int64_t left_in_group = w.group_size, group = 0;
     for (int64_t c = 0, k = 0; c < a.n_chunks; ++c, k += a.chunk) {
         const int64_t count = smaller(a.chunk, w.k - k);
-        float value[MAX_CHUNK];
-        int32_t largest = 0;  // of |x| as an integer: its order is the numbers' and puts NaN last
-        for (int64_t j = 0; j < count; ++j) {
-            value[j] = to_float(x[k + j]);
-            const int32_t magnitude = int32_t(bits_of(value[j]) & 0x7fffffffu);
-            largest = magnitude > largest ? magnitude : largest;
+        Float value[MAX_CHUNK / TILE_ROWS];
+        Int magnitude = Lanes::set(int32_t(0));
+        for (int64_t j = 0; j < count / TILE_ROWS; ++j) {
+            value[j] = Lanes::load_as_float(problem.x, problem.dtype, m * w.k + k + j * TILE_ROWS);
+            magnitude = Lanes::larger_magnitude(magnitude, value[j]);
         }
+        const int32_t largest = Lanes::largest(magnitude);
         const float step = from_bits(uint32_t(largest)) / 127.0f;
-        const bool usable = largest < 0x7f800000 && step != 0.0f;
-        const float divisor = usable ? step : 1.0f;
         int32_t sum = 0;
-        for (int64_t j = 0; j < count; ++j) {
-            // Nearest, ties to even: the sum has no room for a fraction.
-            constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23
-            const float shifted = value[j] / divisor + SHIFT;
-            int32_t rounded = int32_t(bits_of(shifted)) - int32_t(0x4b400000);
-            rounded = rounded > 127 ? 127 : rounded < -127 ? -127 : rounded;
-            rounded = usable ? rounded : 0;
-            q[k + j] = int8_t(rounded);
-            sum += rounded;
+        alignas(64) int8_t rounded[MAX_CHUNK];
+        if (largest < 0x7f800000 && step >= SMALLEST_STEP) {
+            const Float steps_in_one = Lanes::set(1.0f / step);
+            Int sums = Lanes::set(int32_t(0));
+            for (int64_t j = 0; j < count / TILE_ROWS; ++j) {
+                const Int nearest = Lanes::nearest(Lanes::mul(value[j], steps_in_one));
+                sums = Lanes::add(sums, Lanes::clamp_and_store(rounded + j * TILE_ROWS, nearest));
+            }
+            sum = Lanes::total(sums);
+        } else {
+            memset(rounded, 0, sizeof(rounded));
         }
-        a.step[m * a.n_chunks + c] = step;
-        a.offset[m * a.n_chunks + c] = (bias - middle) * sum;
+        for (int64_t j = 0; j < count; j += 4) memcpy(q + (k + j) * n_rows, rounded + j, 4);
+        steps[c * n_rows] = step;
+        offsets[c * n_rows] = (bias - middle) * sum;
         total += step * float(sum);
         left_in_group -= count;
         if (left_in_group == 0) {
-            if (a.total) a.total[m * (w.k / w.group_size) + group] = total;
+            if (a.total) totals[group * n_rows] = total;
             total = 0.0f, left_in_group = w.group_size, ++group;
         }
     }
 }
 
-static void quantize_row(const QuantizedMatmul& problem, const Activations& a, int64_t m) {
-    switch (problem.dtype) {
-        case DType::bfloat16:
-            return quantize_row_of<Bfloat16>(problem, a, m);
-        case DType::float16:
-            return quantize_row_of<Float16>(problem, a, m);
-        default:
-            return quantize_row_of<float>(problem, a, m);
-    }
-}
-
-template <typename Value>
-static void convert_row_of(const QuantizedMatmul& problem, const Activations& a, int64_t m) {
-    const int64_t k = problem.w.k;
-    const Value* x = static_cast<const Value*>(problem.x) + m * k;
-    for (int64_t j = 0; j < k; ++j) a.exact[m * k + j] = to_float(x[j]);
-}
-
 static void convert_row(const QuantizedMatmul& problem, const Activations& a, int64_t m) {
-    switch (problem.dtype) {
-        case DType::bfloat16:
-            return convert_row_of<Bfloat16>(problem, a, m);
-        case DType::float16:
-            return convert_row_of<Float16>(problem, a, m);
-        default:
-            return convert_row_of<float>(problem, a, m);
+    const int64_t k = problem.w.k;
+    for (int64_t j = 0; j < k; j += TILE_ROWS) {
+        Lanes::store(a.exact + m * k + j,
+                     Lanes::load_as_float(problem.x, problem.dtype, m * k + j));
     }
 }
 
 // ---- int8 activations
 
+// sums [MT][NT * 16] += chunks of x times NT tiles of W: for each chunk, step * its integer sum.
+template <int BITS, int MT, int NT>
+static void add_chunks(const uint8_t* const (&w)[NT], const int8_t* x, const int32_t* offset,
+                       const float* step, int64_t columns, int64_t chunk, float* sums) {
+    if constexpr (Lanes::by_hand(MT, NT)) {
+        return Lanes::template add_chunks<BITS, MT>(w, x, offset, step, columns, chunk, sums);
+    }
+    const uint8_t* packed[NT];
+    Float sum[NT][MT];
+    for (int n = 0; n < NT; ++n) {
+        packed[n] = w[n];
+        for (int m = 0; m < MT; ++m) sum[n][m] = Lanes::load(sums + (m * NT + n) * TILE_ROWS);
+    }
+    for (int64_t left = columns; left > 0; left -= chunk) {
+        Int acc[NT][MT];
+        for (int m = 0; m < MT; ++m) {
+            const Int start = Lanes::set(*offset++);
+            for (int n = 0; n < NT; ++n) acc[n][m] = start;
+        }
+        for (int64_t i = smaller(left, chunk); i > 0; i -= 32) {
+            Lanes::dot32<BITS>(acc, packed, x);
+            for (int n = 0; n < NT; ++n) packed[n] += 32 * TILE_ROWS * BITS / 8;
+            x += 32 * MT;
+        }
+        for (int m = 0; m < MT; ++m) {
+            const Float one_step = Lanes::set(*step++);
+            for (int n = 0; n < NT; ++n) {
+                const Float product = Lanes::mul(Lanes::to_float(acc[n][m]), one_step);
+                sum[n][m] = Lanes::add(sum[n][m], product);
+            }
+        }
+    }
+    for (int n = 0; n < NT; ++n) {
+        for (int m = 0; m < MT; ++m) Lanes::store(sums + (m * NT + n) * TILE_ROWS, sum[n][m]);
+    }
+}
+
 // c [MT][NT * 16] += columns k0 .. k1 of MT rows of x times NT tiles of W. GROUPED: the scale of W
-// is applied group by group; else there is one per row, for `finish_rows` to apply.
+// is applied group by group; else there is one per row, for `finish_rows` to apply. `factors`: see
+// `load_factors`; for Lanes that work by hand.
 template <int BITS, bool GROUPED, int MT, int NT>
 static void multiply_tiles(const QuantizedWeight& w, const Activations& a, int64_t m0, int64_t tile,
-                           int64_t k0, int64_t k1, float* c, int64_t c_stride) {
+                           int64_t k0, int64_t k1, const float* factors, float* c) {
     const uint8_t* packed[NT];
-    const int8_t* x[MT];
-    const float* step[MT];
-    const int32_t* offset[MT];
     for (int n = 0; n < NT; ++n) {
         packed[n] = w.packed + ((tile + n) * w.k + k0) * (TILE_ROWS * BITS / 8);
     }
-    for (int m = 0; m < MT; ++m) {
-        x[m] = a.q + (m0 + m) * a.stride + k0;
-        step[m] = a.step + (m0 + m) * a.n_chunks + k0 / a.chunk;
-        offset[m] = a.offset + (m0 + m) * a.n_chunks + k0 / a.chunk;
+    const int8_t* x = a.q + m0 * w.k + k0 * MT;
+    const float* step = a.step + m0 * a.n_chunks + k0 / a.chunk * MT;
+    const int32_t* offset = a.offset + m0 * a.n_chunks + k0 / a.chunk * MT;
+    if (!GROUPED) {
+        return add_chunks<BITS, MT, NT>(packed, x, offset, step, k1 - k0, a.chunk, c);
     }
-    const int64_t n_groups = w.k / w.group_size;
-    const int64_t group_columns = GROUPED ? w.group_size : k1 - k0;
-    int64_t group = k0 / w.group_size;
+    const int64_t n_groups = w.k / w.group_size, chunks = w.group_size / a.chunk;
+    const float* total = a.total + m0 * n_groups + k0 / w.group_size * MT;
+    if constexpr (Lanes::by_hand(MT, NT)) {
+        return Lanes::template add_groups<BITS, MT>(packed, x, offset, step, total, factors,
+                                                    w.zero_point != nullptr,
+                                                    (k1 - k0) / w.group_size, chunks, a.chunk, c);
+    }
+    for (int64_t group = k0 / w.group_size; group < k1 / w.group_size; ++group, total += MT) {
+        alignas(64) float sums[MT * NT * TILE_ROWS];
+        for (float& sum : sums) sum = 0.0f;
+        add_chunks<BITS, MT, NT>(packed, x, offset, step, w.group_size, a.chunk, sums);
+        for (int n = 0; n < NT; ++n) packed[n] += w.group_size * TILE_ROWS * BITS / 8;
+        x += w.group_size * MT, step += chunks * MT, offset += chunks * MT;
 
-    for (int64_t k = k0; k < k1; k += group_columns, ++group) {
-        Float sum[NT][MT];
-        for (int n = 0; n < NT; ++n) {
-            for (int m = 0; m < MT; ++m) {
-                sum[n][m] =
-                    GROUPED ? Lanes::set(0.0f) : Lanes::load(c + m * c_stride + n * TILE_ROWS);
-            }
-        }
-        for (int64_t left = group_columns; left > 0; left -= a.chunk) {
-            Int acc[NT][MT];
-            for (int m = 0; m < MT; ++m) {
-                const Int start = Lanes::set(*offset[m]++);
-                for (int n = 0; n < NT; ++n) acc[n][m] = start;
-            }
-            for (int64_t i = smaller(left, a.chunk); i > 0; i -= 32) {
-                Lanes::dot32<BITS>(acc, packed, x);
-                for (int n = 0; n < NT; ++n) packed[n] += 32 * TILE_ROWS * BITS / 8;
-                for (int m = 0; m < MT; ++m) x[m] += 32;
-            }
-            for (int m = 0; m < MT; ++m) {
-                const Float one_step = Lanes::set(*step[m]++);
-                for (int n = 0; n < NT; ++n) {
-                    sum[n][m] =
-                        Lanes::add(sum[n][m], Lanes::mul(Lanes::to_float(acc[n][m]), one_step));
-                }
-            }
-        }
         for (int n = 0; n < NT; ++n) {
             const int64_t at = ((tile + n) * n_groups + group) * TILE_ROWS;
-            Float scale = Lanes::set(0.0f), zero_point = scale;
-            if (GROUPED) scale = Lanes::load_as_float(w.scale, w.scale_dtype, at);
-            if (GROUPED && w.zero_point) {
-                zero_point = zero_point_from_middle(w, at);
+            if (w.zero_point) {
+                const Float zero_point = zero_point_from_middle(w, at);
+                for (int m = 0; m < MT; ++m) {
+                    float* sum = sums + (m * NT + n) * TILE_ROWS;
+                    const Float taken = Lanes::mul(zero_point, Lanes::set(total[m]));
+                    Lanes::store(sum, Lanes::sub(Lanes::load(sum), taken));
+                }
             }
+            const Float scale = Lanes::load_as_float(w.scale, w.scale_dtype, at);
             for (int m = 0; m < MT; ++m) {
-                float* out = c + m * c_stride + n * TILE_ROWS;
-                if (!GROUPED) {
-                    Lanes::store(out, sum[n][m]);
-                    continue;
-                }
-                if (w.zero_point) {
-                    const Float total = Lanes::set(a.total[(m0 + m) * n_groups + group]);
-                    sum[n][m] = Lanes::sub(sum[n][m], Lanes::mul(zero_point, total));
-                }
-                Lanes::store(out, Lanes::add(Lanes::load(out), Lanes::mul(scale, sum[n][m])));
+                float* out = c + (m * NT + n) * TILE_ROWS;
+                const Float sum = Lanes::load(sums + (m * NT + n) * TILE_ROWS);
+                Lanes::store(out, Lanes::add(Lanes::load(out), Lanes::mul(scale, sum)));
             }
         }
     }
 }
 
 // Per channel: c = scale * (c - zero point from the middle * total).
-template <typename Total>
-static void finish_rows(const QuantizedWeight& w, int64_t m, int64_t tile, int tiles, float* c,
-                        const Total& total) {
-    for (int n = 0; n < tiles; ++n) {
-        const int64_t at = (tile + n) * TILE_ROWS;
+static void finish_rows(const QuantizedWeight& w, const Part& part, float* c, const float* total) {
+    for (int n = 0; n < part.tiles; ++n) {
+        const int64_t at = (part.tile + n) * TILE_ROWS;
         const Float scale = Lanes::load_as_float(w.scale, w.scale_dtype, at);
-        for (int64_t row = 0; row < m; ++row) {
-            float* out = c + row * tiles * TILE_ROWS + n * TILE_ROWS;
+        for (int64_t row = part.m0; row < part.m1; ++row) {
+            float* out = c + ((row - part.m0) * part.tiles + n) * TILE_ROWS;
             Float sum = Lanes::load(out);
             if (w.zero_point) {
                 const Float z = zero_point_from_middle(w, at);
-                sum = Lanes::sub(sum, Lanes::mul(z, Lanes::set(total(row))));
+                sum = Lanes::sub(sum, Lanes::mul(z, Lanes::set(total[row])));
             }
             Lanes::store(out, Lanes::mul(scale, sum));
         }
     }
 }
 
+// For each group of columns k0 .. k1: the scales of NT tiles, then, where there are any, their zero
+// points from the middle; as floats, so that they are converted once for all rows of x.
+template <int NT>
+static void load_factors(const QuantizedWeight& w, int64_t tile, int64_t k0, int64_t k1,
+                         float* factors) {
+    const int64_t n_groups = w.k / w.group_size;
+    for (int64_t group = k0 / w.group_size; group < k1 / w.group_size; ++group) {
+        for (int n = 0; n < NT; ++n, factors += TILE_ROWS) {
+            const int64_t at = ((tile + n) * n_groups + group) * TILE_ROWS;
+            Lanes::store(factors, Lanes::load_as_float(w.scale, w.scale_dtype, at));
+        }
+        if (!w.zero_point) continue;
+        for (int n = 0; n < NT; ++n, factors += TILE_ROWS) {
+            const int64_t at = ((tile + n) * n_groups + group) * TILE_ROWS;
+            Lanes::store(factors, zero_point_from_middle(w, at));
+        }
+    }
+}
+
 template <int BITS, bool GROUPED, int NT>
 static void multiply_rows(const QuantizedWeight& w, const Activations& a, int64_t m0, int64_t count,
-                          int64_t tile, int64_t k0, int64_t k1, float* c, int64_t c_stride) {
+                          int64_t tile, int64_t k0, int64_t k1, const float* factors, float* c) {
     static_assert(Lanes::M_TILE <= 6, "");
-    const auto rows = [&](auto multiply) { multiply(w, a, m0, tile, k0, k1, c, c_stride); };
+    const auto rows = [&](auto multiply) { multiply(w, a, m0, tile, k0, k1, factors, c); };
     switch (count) {
         case 1:
             return rows(multiply_tiles<BITS, GROUPED, 1, NT>);
@@ -237,44 +259,47 @@ static void multiply_rows(const QuantizedWeight& w, const Activations& a, int64_
 }
 
 template <int BITS, bool GROUPED, int NT>
-static void multiply_panel(const QuantizedMatmul& problem, const Activations& a, int64_t tile,
+static void multiply_panel(const QuantizedMatmul& problem, const Activations& a, const Part& part,
                            float* c) {
     const QuantizedWeight& w = problem.w;
-    const int64_t c_stride = NT * TILE_ROWS, m = problem.m;
-    for (int64_t i = 0; i < m * c_stride; ++i) c[i] = 0.0f;
-    const int64_t m_tiles = (m + Lanes::M_TILE - 1) / Lanes::M_TILE;
+    const int64_t c_stride = NT * TILE_ROWS;
+    for (int64_t i = 0; i < (part.m1 - part.m0) * c_stride; ++i) c[i] = 0.0f;
+    const Runs runs(problem.m);
+    const int64_t first = runs.of_row(part.m0), last = runs.of_row(part.m1 - 1);
     // Whole groups, or whole chunks; all of K where W is read only once.
-    const int64_t columns = PANEL_BYTES * 8 / (NT * TILE_ROWS * BITS) / MAX_CHUNK * MAX_CHUNK;
-    const int64_t k_step = m_tiles == 1 ? w.k : columns;
+    const bool again = first != last || Lanes::by_hand(int(problem.m), NT);
+    const int64_t k_step = again ? PANEL_COLUMNS : w.k;
+    alignas(64) float factors[GROUPED && NT == 2 ? PANEL_COLUMNS / 32 * 2 * NT * TILE_ROWS : 1];
     for (int64_t k = 0; k < w.k; k += k_step) {
         const int64_t k1 = smaller(k + k_step, w.k);
-        for (int64_t i = 0; i < m_tiles; ++i) {  // evenly: 8 rows are 4 and 4, not 6 and 2
-            const int64_t m0 = m * i / m_tiles, m1 = m * (i + 1) / m_tiles;
-            multiply_rows<BITS, GROUPED, NT>(w, a, m0, m1 - m0, tile, k, k1, c + m0 * c_stride,
-                                             c_stride);
+        if (GROUPED && again && NT == 2) load_factors<NT>(w, part.tile, k, k1, factors);
+        for (int64_t run = first; run <= last; ++run) {
+            const int64_t m0 = runs.start(run), rows = runs.start(run + 1) - m0;
+            multiply_rows<BITS, GROUPED, NT>(w, a, m0, rows, part.tile, k, k1, factors,
+                                             c + (m0 - part.m0) * c_stride);
         }
     }
-    if (!GROUPED) finish_rows(w, m, tile, NT, c, [&](int64_t row) { return a.total[row]; });
+    if (!GROUPED) finish_rows(w, part, c, a.total);
 }
 
 template <int BITS, bool GROUPED>
-static void multiply_some(const QuantizedMatmul& problem, const Activations& a, int64_t tile,
-                          int tiles, float* c) {
-    if (tiles == 4) return multiply_panel<BITS, GROUPED, 4>(problem, a, tile, c);
-    if (tiles == 2) return multiply_panel<BITS, GROUPED, 2>(problem, a, tile, c);
-    return multiply_panel<BITS, GROUPED, 1>(problem, a, tile, c);
+static void multiply_some(const QuantizedMatmul& problem, const Activations& a, const Part& part,
+                          float* c) {
+    if (part.tiles == 4) return multiply_panel<BITS, GROUPED, 4>(problem, a, part, c);
+    if (part.tiles == 2) return multiply_panel<BITS, GROUPED, 2>(problem, a, part, c);
+    return multiply_panel<BITS, GROUPED, 1>(problem, a, part, c);
 }
 
-static void multiply(const QuantizedMatmul& problem, const Activations& a, int64_t tile, int tiles,
+static void multiply(const QuantizedMatmul& problem, const Activations& a, const Part& part,
                      float* c) {
     const QuantizedWeight& w = problem.w;
     const bool grouped = w.group_size < w.k;
     if (w.bits == 4) {
-        grouped ? multiply_some<4, true>(problem, a, tile, tiles, c)
-                : multiply_some<4, false>(problem, a, tile, tiles, c);
+        grouped ? multiply_some<4, true>(problem, a, part, c)
+                : multiply_some<4, false>(problem, a, part, c);
     } else {
-        grouped ? multiply_some<8, true>(problem, a, tile, tiles, c)
-                : multiply_some<8, false>(problem, a, tile, tiles, c);
+        grouped ? multiply_some<8, true>(problem, a, part, c)
+                : multiply_some<8, false>(problem, a, part, c);
     }
 }
 
@@ -304,13 +329,14 @@ static void multiply_floats(const float* x, int64_t stride, const float* panel, 
 }
 
 template <int BITS>
-static void multiply_exact_of(const QuantizedMatmul& problem, const Activations& a, int64_t tile,
-                              int tiles, float* c) {
+static void multiply_exact_of(const QuantizedMatmul& problem, const Activations& a,
+                              const Part& part, float* c) {
     const QuantizedWeight& w = problem.w;
-    const int64_t m = problem.m, c_stride = tiles * TILE_ROWS, n_groups = w.k / w.group_size;
+    const int64_t m = part.m1 - part.m0, n_groups = w.k / w.group_size;
+    const int64_t tile = part.tile, c_stride = part.tiles * TILE_ROWS;
     for (int64_t i = 0; i < m * c_stride; ++i) c[i] = 0.0f;
     alignas(64) float panel[MAX_CHUNK * TILE_ROWS];
-    for (int n = 0; n < tiles; ++n) {
+    for (int n = 0; n < part.tiles; ++n) {
         for (int64_t k = 0; k < w.k; k += a.chunk) {
             const int64_t columns = smaller(a.chunk, w.k - k);
             const int64_t at = ((tile + n) * n_groups + k / w.group_size) * TILE_ROWS;
@@ -325,7 +351,7 @@ static void multiply_exact_of(const QuantizedMatmul& problem, const Activations&
             }
             int64_t row = 0;
             float* out = c + n * TILE_ROWS;
-            const float* x = a.exact + k;
+            const float* x = a.exact + part.m0 * w.k + k;
             for (; row + 8 <= m; row += 8) {
                 multiply_floats<8>(x + row * w.k, w.k, panel, columns, scale, out + row * c_stride,
                                    c_stride);
@@ -338,21 +364,33 @@ static void multiply_exact_of(const QuantizedMatmul& problem, const Activations&
     }
 }
 
-static void multiply_exact(const QuantizedMatmul& problem, const Activations& a, int64_t tile,
-                           int tiles, float* c) {
-    problem.w.bits == 4 ? multiply_exact_of<4>(problem, a, tile, tiles, c)
-                        : multiply_exact_of<8>(problem, a, tile, tiles, c);
+static void multiply_exact(const QuantizedMatmul& problem, const Activations& a, const Part& part,
+                           float* c) {
+    problem.w.bits == 4 ? multiply_exact_of<4>(problem, a, part, c)
+                        : multiply_exact_of<8>(problem, a, part, c);
 }
 
 // ---- results
 
+struct Bfloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+static inline float to_float(float x) { return x; }
+static inline float to_float(Bfloat16 x) { return bfloat16_to_float(x.bits); }
+static inline float to_float(Float16 x) { return float16_to_float(x.bits); }
+static inline void from_float(float x, float* out) { *out = x; }
+static inline void from_float(float x, Bfloat16* out) { out->bits = float_to_bfloat16(x); }
+static inline void from_float(float x, Float16* out) { out->bits = float_to_float16(x); }
+
 template <typename Value>
-static void write_result_of(const QuantizedMatmul& problem, int64_t tile, int tiles,
-                            const float* c) {
-    const int64_t n0 = tile * TILE_ROWS, n = problem.w.n;
-    const int64_t c_stride = tiles * TILE_ROWS, count = smaller(c_stride, n - n0);
+static void write_result_of(const QuantizedMatmul& problem, const Part& part, const float* c) {
+    const int64_t n0 = part.tile * TILE_ROWS, n = problem.w.n;
+    const int64_t c_stride = part.tiles * TILE_ROWS, count = smaller(c_stride, n - n0);
     const Value* bias = static_cast<const Value*>(problem.bias);
-    for (int64_t m = 0; m < problem.m; ++m, c += c_stride) {
+    for (int64_t m = part.m0; m < part.m1; ++m, c += c_stride) {
         Value* y = static_cast<Value*>(problem.y) + m * n + n0;
         if (bias) {
             for (int64_t i = 0; i < count; ++i) from_float(c[i] + to_float(bias[n0 + i]), y + i);
@@ -362,14 +400,14 @@ static void write_result_of(const QuantizedMatmul& problem, int64_t tile, int ti
     }
 }
 
-static void write_result(const QuantizedMatmul& problem, int64_t tile, int tiles, const float* c) {
+static void write_result(const QuantizedMatmul& problem, const Part& part, const float* c) {
     switch (problem.dtype) {
         case DType::bfloat16:
-            return write_result_of<Bfloat16>(problem, tile, tiles, c);
+            return write_result_of<Bfloat16>(problem, part, c);
         case DType::float16:
-            return write_result_of<Float16>(problem, tile, tiles, c);
+            return write_result_of<Float16>(problem, part, c);
         default:
-            return write_result_of<float>(problem, tile, tiles, c);
+            return write_result_of<float>(problem, part, c);
     }
 }
 
@@ -399,16 +437,17 @@ static inline float silu(float x) {
 }
 
 template <typename Value>
-static void write_swiglu_of(const QuantizedMatmul& problem, int64_t tile, int tiles, float* gate,
+static void write_swiglu_of(const QuantizedMatmul& problem, const Part& part, float* gate,
                             float* up) {
-    const int64_t n0 = tile * TILE_ROWS, half = problem.w.n / 2, count = tiles * TILE_ROWS;
+    const int64_t n0 = part.tile * TILE_ROWS, half = problem.w.n / 2;
+    const int64_t count = part.tiles * TILE_ROWS;
     const Value* bias = static_cast<const Value*>(problem.bias);
     const auto rounded = [](float x) {
         Value value;
         from_float(x, &value);
         return to_float(value);
     };
-    for (int64_t m = 0; m < problem.m; ++m, gate += count, up += count) {
+    for (int64_t m = part.m0; m < part.m1; ++m, gate += count, up += count) {
         Value* y = static_cast<Value*>(problem.y) + m * half + n0;
         if (bias) {
             for (int64_t i = 0; i < count; ++i) gate[i] += to_float(bias[n0 + i]);
@@ -420,24 +459,30 @@ static void write_swiglu_of(const QuantizedMatmul& problem, int64_t tile, int ti
     }
 }
 
-static void write_swiglu(const QuantizedMatmul& problem, int64_t tile, int tiles, float* gate,
+static void write_swiglu(const QuantizedMatmul& problem, const Part& part, float* gate,
                          float* up) {
     switch (problem.dtype) {
         case DType::bfloat16:
-            return write_swiglu_of<Bfloat16>(problem, tile, tiles, gate, up);
+            return write_swiglu_of<Bfloat16>(problem, part, gate, up);
         case DType::float16:
-            return write_swiglu_of<Float16>(problem, tile, tiles, gate, up);
+            return write_swiglu_of<Float16>(problem, part, gate, up);
         default:
-            return write_swiglu_of<float>(problem, tile, tiles, gate, up);
+            return write_swiglu_of<float>(problem, part, gate, up);
     }
 }
 
 static int panel_tiles(int64_t m) { return m == 1 ? Lanes::ONE_ROW_TILES : Lanes::N_TILES; }
 
-#define GLM4_MULTIPLY_VARIANT(name)                                                           \
-    {                                                                                         \
-        name, panel_tiles, quantize_row, convert_row, multiply, multiply_exact, write_result, \
-            write_swiglu                                                                      \
+static int64_t row_block(int64_t m, int64_t rows, int64_t block) {
+    const Runs runs(m);
+    const int64_t blocks = (m + rows - 1) / rows;  // even ones
+    return runs.start(smaller(runs.count * block / blocks, runs.count));
+}
+
+#define GLM4_MULTIPLY_VARIANT(name)                                                              \
+    {                                                                                            \
+        name, panel_tiles, row_block, quantize_row, convert_row, multiply, multiply_exact,       \
+            write_result, write_swiglu                                                           \
     }
 
 }  // namespace glm4

@@ -12,6 +12,11 @@ struct Lanes {
         float lane[TILE_ROWS];
     };
     static constexpr int M_TILE = 2, N_TILES = 1, ONE_ROW_TILES = 1;
+    static constexpr bool by_hand(int, int) { return false; }
+    template <int BITS, int MT>
+    static void add_chunks(...);  // not by hand
+    template <int BITS, int MT>
+    static void add_groups(...);
     template <int BITS>
     static constexpr int32_t BIAS = 0;
 
@@ -53,17 +58,52 @@ struct Lanes {
         for (int j = 0; j < TILE_ROWS; ++j) a.lane[j] *= b.lane[j];
         return a;
     }
+    static Int add(Int a, const Int& b) {
+        for (int j = 0; j < TILE_ROWS; ++j) a.lane[j] += b.lane[j];
+        return a;
+    }
+    static Int larger_magnitude(Int a, const Float& x) {
+        for (int j = 0; j < TILE_ROWS; ++j) {
+            const int32_t magnitude = int32_t(bits_of(x.lane[j]) & 0x7fffffffu);
+            a.lane[j] = magnitude > a.lane[j] ? magnitude : a.lane[j];
+        }
+        return a;
+    }
+    static Int nearest(const Float& x) {
+        Int y;
+        for (int j = 0; j < TILE_ROWS; ++j) {
+            const float shifted = x.lane[j] + 12582912.0f;  // 1.5 * 2^23: no room for a fraction
+            y.lane[j] = int32_t(bits_of(shifted)) - 0x4b400000;
+        }
+        return y;
+    }
+    static Int clamp_and_store(int8_t* out, Int x) {
+        for (int j = 0; j < TILE_ROWS; ++j) {
+            x.lane[j] = x.lane[j] > 127 ? 127 : x.lane[j] < -127 ? -127 : x.lane[j];
+            out[j] = int8_t(x.lane[j]);
+        }
+        return x;
+    }
+    static int32_t largest(const Int& x) {
+        int32_t y = x.lane[0];
+        for (int32_t lane : x.lane) y = lane > y ? lane : y;
+        return y;
+    }
+    static int32_t total(const Int& x) {
+        int32_t y = 0;
+        for (int32_t lane : x.lane) y += lane;
+        return y;
+    }
 
     template <int BITS, int MT, int NT>
-    static void dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT],
-                      const int8_t* const (&x)[MT]) {
+    static void dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x) {
         constexpr int QUADS = 8 / BITS;  // in a block
         for (int n = 0; n < NT; ++n) {
             for (int quad = 0; quad < 8; ++quad) {
                 const uint8_t* block = w[n] + quad / QUADS * BLOCK_BYTES;
                 const int shift = quad % QUADS * 4;
                 for (int m = 0; m < MT; ++m) {
-                    const int8_t* from = x[m] + quad * 4;
+                    const int8_t* from = x + (quad * MT + m) * 4;
                     for (int j = 0; j < TILE_ROWS; ++j) {
                         int32_t sum = 0;
                         for (int i = 0; i < 4; ++i) {
