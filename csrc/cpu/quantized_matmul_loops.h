@@ -26,7 +26,7 @@ using Int = Lanes::Int;
 using Float = Lanes::Float;
 
 // Columns of W that are read again for every M_TILE rows of x, at most: two tiles of them stay in L1.
-constexpr int64_t PANEL_COLUMNS = 1024;
+constexpr int64_t PANEL_COLUMNS = 4096;
 
 // Integer sums are of q * (u - middle), exact; a zero point adds (middle - z) * total in fp32. The
 // middle is the symmetric zero point, and close to most others: little cancels.
