@@ -16,8 +16,8 @@ sum is of q * (u - h), h = 2^(bits-1), and a zero point adds (h - z) * sum of s 
 
 swiglu: the rows of W are gate | up, y = silu(gate half) * up half, as `swiglu` rounds it.
 
-Rounding points: s, 1 / s, x * (1 / s) and q as above (q = 0 where s is not a normal number); fp32 accumulation; bias added in fp32; one rounding to the
-dtype of x, and those of swiglu.
+Rounding points: s, 1 / s, x * (1 / s) and q as above (q = 0 where s is not a normal number); fp32
+accumulation; bias added in fp32; one rounding to the dtype of x, and those of swiglu.
 
 Bytes moved: N * K * bits / 8 + scales and zero points + (M * K + M * N) * itemsize; the floor is
 that over the memory bandwidth for few rows, and 2 * M * N * K over the matmul peak for many.
@@ -30,7 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm4_kernels.extension import DTYPE_CODES, aligned, buffer, cuda_extension, extension
+from glm4_kernels.extension import (
+    ABSENT,
+    DTYPE_CODES,
+    aligned,
+    cuda_extension,
+    extension,
+)
 from glm4_kernels.library import FLOAT_DTYPES, bad_type, bad_value, register_op
 from glm4_kernels.quantized_weight import (
     BITS,
@@ -39,7 +45,6 @@ from glm4_kernels.quantized_weight import (
     TILE,
     QuantizedWeight,
     dequantize,
-    in_tiles,
 )
 from glm4_kernels.swiglu import launch_swiglu, swiglu_reference
 
@@ -126,19 +131,27 @@ def launch_quantized_matmul(
 ) -> Tensor:
     """The C++ kernel on CPU tensors (`variant`: its inner loops, of build_info()["cpu_variants"],
     the best by default), the CUDA kernel on CUDA tensors."""
-    on_cpu = x.device.type == "cpu"
-    # Tiles of gate and up must pair.
-    fused = swiglu and on_cpu and n % (2 * TILE) == 0
-    k = x.shape[-1]
+    on_cpu = x.is_cpu
+    fused = swiglu and on_cpu and n % (2 * TILE) == 0  # else tiles of gate and up do not pair
+    *batch, k = x.shape
     columns = n // 2 if fused else n
-    y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
-    if y.numel():
+    y = x.new_empty((*batch, columns))
+    size = y.numel()
+    if size:
         x = x.contiguous() if on_cpu else aligned(x)
         bias = None if bias is None else bias.contiguous()
+        # Spelled out: a call at one token takes microseconds.
         problem: tuple[Any, ...] = (
-            *(buffer(t) for t in (y, x, packed, scale, zero_point, bias)),
-            *(0 if t is None else DTYPE_CODES[t.dtype] for t in (x, scale, zero_point)),
-            *(y.numel() // columns, n, k, bits, group_size or k),
+            (y.data_ptr(), y.nbytes),
+            (x.data_ptr(), x.nbytes),
+            (packed.data_ptr(), packed.nbytes),
+            (scale.data_ptr(), scale.nbytes),
+            ABSENT if zero_point is None else (zero_point.data_ptr(), zero_point.nbytes),
+            ABSENT if bias is None else (bias.data_ptr(), bias.nbytes),
+            DTYPE_CODES[x.dtype],
+            DTYPE_CODES[scale.dtype],
+            0 if zero_point is None else DTYPE_CODES[zero_point.dtype],
+            *(size // columns, n, k, bits, group_size or k),
         )
         if on_cpu:
             activation_group = ACTIVATION_GROUP if int8_activations else 0
@@ -169,53 +182,58 @@ def check_quantized_matmul(
         raise bad_value(op, "bits", "4 or 8", bits)
     if group_size not in GROUP_SIZES:
         raise bad_value(op, "group_size", "32, 64, 128 or None", group_size)
-    if x.dim() < 1:
-        raise bad_value(op, "x", "[..., K]", list(x.shape))
+    shape = x.shape
+    if not shape:
+        raise bad_value(op, "x", "[..., K]", [])
     if x.dtype not in FLOAT_DTYPES:
         raise bad_type(op, "x", "float32, bfloat16 or float16", x.dtype)
-    k = x.shape[-1]
+    k = shape[-1]
     block = max(group_size or 0, BLOCK)
     if k == 0 or k % block:
-        raise bad_value(op, "x", f"[..., K] with K a positive multiple of {block}", list(x.shape))
-    if int8_activations and x.device.type == "cuda":
+        raise bad_value(op, "x", f"[..., K] with K a positive multiple of {block}", list(shape))
+    if int8_activations and x.is_cuda:
         raise bad_value(op, "activations", "'float' on CUDA (int8 is for the CPU)", "'int8'")
 
     if n < 1 or (swiglu and n % 2):
         raise bad_value(op, "n", "even with swiglu" if n > 0 else "at least 1", n)
 
     n_groups = k // (group_size or k)
-    if in_tiles(x.device):
+    packed_shape: tuple[int, ...] = n, k * bits // 8
+    scale_shape: tuple[int, ...] = n, n_groups
+    if not x.is_cuda:
         n_tiles = -(-n // TILE)
-        packed_shape, scale_shape = [n_tiles, TILE * k * bits // 8], [n_tiles, n_groups, TILE]
-    else:
-        packed_shape, scale_shape = [n, k * bits // 8], [n, n_groups]
+        packed_shape, scale_shape = (n_tiles, TILE * k * bits // 8), (n_tiles, n_groups, TILE)
     if packed.dtype != torch.uint8:
         raise bad_type(op, "packed", torch.uint8, packed.dtype)
-    if list(packed.shape) != packed_shape:
-        raise bad_value(op, "packed", packed_shape, list(packed.shape))
+    if packed.shape != packed_shape:
+        raise bad_value(op, "packed", list(packed_shape), list(packed.shape))
     if scale.dtype not in FLOAT_DTYPES:
         raise bad_type(op, "scale", "float32, bfloat16 or float16", scale.dtype)
-    if list(scale.shape) != scale_shape:
-        raise bad_value(op, "scale", scale_shape, list(scale.shape))
-    if zero_point is not None and zero_point.dtype not in (torch.uint8, *FLOAT_DTYPES):
-        expected = "uint8, float32, bfloat16 or float16"
-        raise bad_type(op, "zero_point", expected, zero_point.dtype)
-    if zero_point is not None and list(zero_point.shape) != scale_shape:
-        raise bad_value(op, "zero_point", scale_shape, list(zero_point.shape))
-    if bias is not None and bias.dtype != x.dtype:
-        raise bad_type(op, "bias", x.dtype, bias.dtype)
-    if bias is not None and bias.shape != (n,):
-        raise bad_value(op, "bias", f"[{n}]", list(bias.shape))
-    for name, tensor in {
-        "packed": packed,
-        "scale": scale,
-        "zero_point": zero_point,
-        "bias": bias,
-    }.items():
-        if tensor is not None and tensor.device != x.device:
-            raise bad_value(op, name, f"on {x.device}", tensor.device)
-        if tensor is not None and name != "bias" and not tensor.is_contiguous():
-            raise bad_value(op, name, "contiguous", f"strides {list(tensor.stride())}")
+    if scale.shape != scale_shape:
+        raise bad_value(op, "scale", list(scale_shape), list(scale.shape))
+    if zero_point is not None:
+        if zero_point.dtype not in (torch.uint8, *FLOAT_DTYPES):
+            expected = "uint8, float32, bfloat16 or float16"
+            raise bad_type(op, "zero_point", expected, zero_point.dtype)
+        if zero_point.shape != scale_shape:
+            raise bad_value(op, "zero_point", list(scale_shape), list(zero_point.shape))
+        check_memory(op, "zero_point", zero_point, x)
+    if bias is not None:
+        if bias.dtype != x.dtype:
+            raise bad_type(op, "bias", x.dtype, bias.dtype)
+        if bias.shape != (n,):
+            raise bad_value(op, "bias", f"[{n}]", list(bias.shape))
+        if bias.device != x.device:
+            raise bad_value(op, "bias", f"on {x.device}", bias.device)
+    check_memory(op, "packed", packed, x)
+    check_memory(op, "scale", scale, x)
+
+
+def check_memory(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    if not (tensor.is_cpu and x.is_cpu) and tensor.device != x.device:
+        raise bad_value(op, name, f"on {x.device}", tensor.device)
+    if not tensor.is_contiguous():
+        raise bad_value(op, name, "contiguous", f"strides {list(tensor.stride())}")
 
 
 _quantized_matmul = register_op(
@@ -259,7 +277,7 @@ def quantized_matmul(
     if not isinstance(qweight, QuantizedWeight):
         raise bad_type("quantized_matmul", "qweight", "a QuantizedWeight", type(qweight).__name__)
     if activations is None:
-        activations = "int8" if x.device.type == "cpu" else "float"
+        activations = "int8" if x.is_cpu else "float"
     if activations not in ACTIVATIONS:
         raise bad_value("quantized_matmul", "activations", "'int8', 'float' or None", activations)
     if x.dim() and x.shape[-1] != qweight.shape[1]:

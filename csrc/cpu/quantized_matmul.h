@@ -20,8 +20,8 @@ struct Activations {
     int64_t chunk, n_chunks;
 };
 
-// The part of y [M][N] that is computed in one go: rows m0 .. m1, columns of `tiles` tiles of W from
-// `tile` on. m0 and m1 are row_block boundaries.
+// The part of y [M][N] that is computed in one go: rows m0 .. m1, columns of `tiles` tiles of W
+// from `tile` on. m0 and m1 are row_block boundaries.
 struct Part {
     int64_t m0, m1;
     int64_t tile;

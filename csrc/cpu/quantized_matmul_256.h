@@ -143,7 +143,8 @@ struct Lanes256 {
 
     // dot32 for processors with vpdpbusd, given as `dpbusd`.
     template <int BITS, int MT, int NT, typename Dpbusd>
-    static void vnni_dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x, const Dpbusd& dpbusd) {
+    static void vnni_dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x,
+                           const Dpbusd& dpbusd) {
         constexpr int QUADS = 8 / BITS;
 #pragma GCC unroll 8
         for (int block = 0; block < 8 / QUADS; ++block) {

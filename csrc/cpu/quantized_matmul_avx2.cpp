@@ -44,7 +44,8 @@ struct Lanes : Lanes256 {
                             bytes(w[n] + block * BLOCK_BYTES + half * 32), _mm256_set1_epi8(-128));
                         const __m256i magnitude = _mm256_abs_epi8(signed_w);
                         for (int m = 0; m < MT; ++m) {
-                            const __m256i four = _mm256_sign_epi8(quad(x + (block * MT + m) * 4), signed_w);
+                            const __m256i four =
+                                _mm256_sign_epi8(quad(x + (block * MT + m) * 4), signed_w);
                             __m256i& total = acc[n][m].half[half];
                             total = _mm256_add_epi32(
                                 total, widened(_mm256_maddubs_epi16(magnitude, four)));

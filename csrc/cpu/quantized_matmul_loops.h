@@ -25,7 +25,8 @@ namespace glm4 {
 using Int = Lanes::Int;
 using Float = Lanes::Float;
 
-// Columns of W that are read again for every M_TILE rows of x, at most: two tiles of them stay in L1.
+// Columns of W that are read again for every M_TILE rows of x, at most: two tiles of them stay in
+// L1.
 constexpr int64_t PANEL_COLUMNS = 4096;
 
 // Integer sums are of q * (u - middle), exact; a zero point adds (middle - z) * total in fp32. The
@@ -37,8 +38,8 @@ static Float zero_point_from_middle(const QuantizedWeight& w, int64_t at) {
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The rows of x, in runs of at most M_TILE that are multiplied together; evenly: 8 rows are 4 and 4,
-// not 6 and 2.
+// The rows of x, in runs of at most M_TILE that are multiplied together; evenly: 8 rows are 4 and
+// 4, not 6 and 2.
 struct Runs {
     int64_t m, count;
     explicit Runs(int64_t rows) : m(rows), count((rows + Lanes::M_TILE - 1) / Lanes::M_TILE) {}
@@ -459,8 +460,7 @@ static void write_swiglu_of(const QuantizedMatmul& problem, const Part& part, fl
     }
 }
 
-static void write_swiglu(const QuantizedMatmul& problem, const Part& part, float* gate,
-                         float* up) {
+static void write_swiglu(const QuantizedMatmul& problem, const Part& part, float* gate, float* up) {
     switch (problem.dtype) {
         case DType::bfloat16:
             return write_swiglu_of<Bfloat16>(problem, part, gate, up);
@@ -479,10 +479,10 @@ static int64_t row_block(int64_t m, int64_t rows, int64_t block) {
     return runs.start(smaller(runs.count * block / blocks, runs.count));
 }
 
-#define GLM4_MULTIPLY_VARIANT(name)                                                              \
-    {                                                                                            \
-        name, panel_tiles, row_block, quantize_row, convert_row, multiply, multiply_exact,       \
-            write_result, write_swiglu                                                           \
+#define GLM4_MULTIPLY_VARIANT(name)                                                        \
+    {                                                                                      \
+        name, panel_tiles, row_block, quantize_row, convert_row, multiply, multiply_exact, \
+            write_result, write_swiglu                                                     \
     }
 
 }  // namespace glm4
