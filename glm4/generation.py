@@ -1,7 +1,7 @@
 """Text from many prompts over one paged cache.
 
     admit    first come, first served: a prompt starts once pages for all of its tokens are free
-    prefill  its prompt in chunks, then its first new token
+    prefill  short prompts together, a long one in chunks; then the first new token of each
     decode   one token of every running sequence a step, until one of them ends
 
 Between two ends a decode step needs nothing from the host: on a GPU the next step is launched
@@ -14,6 +14,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,16 +244,25 @@ class _Engine:
         rows: _Rows | None = None
 
         while waiting or running:
-            while waiting and len(running) < max_batch and needs[waiting[0][0]] <= len(free):
+            starting: list[tuple[_Sequence, Tensor]] = []
+            while (
+                waiting
+                and len(running) + len(starting) < max_batch
+                and needs[waiting[0][0]] <= len(free)
+            ):
                 index, prompt = waiting.popleft()
                 pages = [free.pop() for _ in range(needs[index])]
-                sequence = _Sequence(index, pages, self.max_new_tokens)
-                row = self.new_row(index, prompt, pages + [-1] * (max(needs) - len(pages)))
-                token = int(self.choose(row, self.prefill(row, prompt)))
+                starting.append((_Sequence(index, pages, self.max_new_tokens), prompt))
+            for group in _packed(starting, self.prefill_chunk):
+                new = self.new_rows(group, max(needs))
+                tokens = self.choose(new, self.prefill(new, [prompt for _, prompt in group]))
+                sequences = [sequence for sequence, _ in group]
+                first_tokens = tokens.tolist()
                 raise_device_errors(self.model.device)
-                yield self.take(sequence, token)
-                running.append(sequence)
-                rows = row if rows is None else rows.joined(row)
+                running += sequences
+                rows = new if rows is None else rows.joined(new)
+                for sequence, token in zip(sequences, first_tokens, strict=True):
+                    yield self.take(sequence, token)
 
             assert rows is not None
             yield from self.decode(rows, running)
@@ -261,29 +271,37 @@ class _Engine:
             rows = rows.kept([i for i, s in enumerate(running) if s.remaining])
             running = [s for s in running if s.remaining]
 
-    def new_row(self, index: int, prompt: Tensor, table: list[int]) -> _Rows:
-        """A prompt before its prefill: its last token is the current one."""
-        device = self.model.device
-        prompt = prompt.to(device)
+    def new_rows(self, group: list[tuple[_Sequence, Tensor]], n_pages: int) -> _Rows:
+        """Prompts before their prefill: the last token of each is its current one."""
+        device, options = self.model.device, self.sampling
+        prompts = [prompt.to(device) for _, prompt in group]
+        tables = [s.pages + [-1] * (n_pages - len(s.pages)) for s, _ in group]
+        uniforms = [options.uniforms(s.index, self.max_new_tokens, device) for s, _ in group]
         return _Rows(
-            tokens=prompt[-1:],
-            positions=torch.tensor([len(prompt) - 1], device=device),
-            n_new=torch.zeros(1, dtype=torch.int64, device=device),
-            block_table=torch.tensor([table], dtype=torch.int32, device=device),
-            uniforms=self.sampling.uniforms(index, self.max_new_tokens, device),
-            seen=self.sampling.seen(prompt, self.model.config.vocab),
+            tokens=torch.stack([prompt[-1] for prompt in prompts]),
+            positions=torch.tensor([len(prompt) - 1 for prompt in prompts], device=device),
+            n_new=torch.zeros(len(group), dtype=torch.int64, device=device),
+            block_table=torch.tensor(tables, dtype=torch.int32, device=device),
+            uniforms=torch.cat(uniforms),
+            seen=torch.cat([options.seen(p, self.model.config.vocab) for p in prompts]),
         )
 
-    def prefill(self, row: _Rows, prompt: Tensor) -> Tensor:
-        """Writes a prompt into the cache; the logits that follow it, [1, vocab]."""
+    def prefill(self, rows: _Rows, prompts: list[Tensor]) -> Tensor:
+        """Writes prompts into the cache, several in one pass or one in several; the logits that
+        follow each, [B, vocab]."""
         report = self.on_prefill or (lambda done, total: None)
-        for start in range(0, len(prompt), self.prefill_chunk):
-            report(start, len(prompt))
-            tokens = prompt[start : start + self.prefill_chunk].to(self.model.device)
-            positions = torch.arange(start, start + len(tokens), device=self.model.device)
-            hidden = self.forward(row, tokens, positions, query_lens=(len(tokens),))
-        report(len(prompt), len(prompt))
-        return self.model.head(hidden[-1:])
+        device = self.model.device
+        tokens = torch.cat(prompts).to(device)
+        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
+        for start in range(0, len(tokens), self.prefill_chunk):
+            for prompt in prompts:
+                report(start, len(prompt))
+            part = slice(start, start + self.prefill_chunk)
+            lengths = tuple(map(len, prompts if len(prompts) > 1 else [tokens[part]]))
+            hidden = self.forward(rows, tokens[part], positions[part], lengths)
+        for prompt in prompts:
+            report(len(prompt), len(prompt))
+        return self.model.head(hidden[_last_rows(lengths)])
 
     def decode(self, rows: _Rows, running: list[_Sequence]) -> Iterator[tuple[int, int]]:
         """Steps all sequences until at least one of them has ended; on a GPU one step ahead."""
@@ -308,11 +326,16 @@ class _Engine:
         positions: Tensor,
         query_lens: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """T tokens of one row, or one token of each of T rows. [T, hidden]"""
-        tables = rows.block_table.expand(len(tokens), -1)
-        pages = tables.gather(1, (positions // PAGE_SIZE)[:, None])[:, 0].long()
+        """`query_lens` tokens of each row, or one. [T, hidden]"""
+        row = torch.arange(len(rows.tokens), device=tokens.device)
+        last = positions
+        if query_lens is not None:
+            counts = torch.tensor(query_lens, device=tokens.device)
+            row = row.repeat_interleave(counts, output_size=len(tokens))
+            last = positions[_last_rows(query_lens)]
+        pages = rows.block_table[row, positions // PAGE_SIZE].long()
         slots = pages * PAGE_SIZE + positions % PAGE_SIZE
-        seq_lens = (positions[-len(rows.tokens) :] + 1).int()
+        seq_lens = (last + 1).int()
         step = Step(tokens, positions, slots, rows.block_table, seq_lens, query_lens)
         return self.model.forward(step, self.cache)
 
@@ -336,6 +359,24 @@ class _Engine:
             )
         sequence.remaining = 0 if token in self.stops else sequence.remaining - 1
         return sequence.index, token
+
+
+def _packed(
+    starting: list[tuple[_Sequence, Tensor]], limit: int
+) -> Iterator[list[tuple[_Sequence, Tensor]]]:
+    """Prompts in order, in groups of at most `limit` tokens, or of one prompt."""
+    group: list[tuple[_Sequence, Tensor]] = []
+    for sequence, prompt in starting:
+        if group and sum(len(other) for _, other in group) + len(prompt) > limit:
+            yield group
+            group = []
+        group.append((sequence, prompt))
+    if group:
+        yield group
+
+
+def _last_rows(query_lens: tuple[int, ...]) -> list[int]:
+    return [end - 1 for end in accumulate(query_lens)]
 
 
 def _read_later(tokens: Tensor) -> Callable[[], list[int]]:

@@ -29,6 +29,7 @@ from glm4_kernels.library import (
 from glm4_kernels.triton_import import tl, triton
 
 MAX_HEAD_DIM = 256
+INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def rope_reference(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,18 +270,21 @@ def check_rotation(
     if head_dim % 16 != 0 or not 16 <= head_dim <= MAX_HEAD_DIM:
         expected = f"of head size D a multiple of 16, at most {MAX_HEAD_DIM}"
         raise bad_value(op, name, expected, head_dim)
-    if positions.shape != x.shape[:1]:
-        raise bad_value(op, "positions", f"[{x.shape[0]}]", list(positions.shape))
-    if positions.dtype not in (torch.int32, torch.int64):
+    n_tokens = x.shape[0]
+    if positions.shape != (n_tokens,):
+        raise bad_value(op, "positions", f"[{n_tokens}]", list(positions.shape))
+    if positions.dtype not in INDEX_DTYPES:
         raise bad_type(op, "positions", "int32 or int64", positions.dtype)
-    if table.dim() != 2 or table.shape[1] % 2 != 0 or not 2 <= table.shape[1] <= head_dim:
+    rotary_dim = table.shape[1] if table.dim() == 2 else 0
+    if rotary_dim % 2 != 0 or not 2 <= rotary_dim <= head_dim:
         expected = f"[max_positions, rotary_dim] with rotary_dim even and at most {head_dim}"
         raise bad_value(op, "table", expected, list(table.shape))
     if table.dtype not in (x.dtype, torch.float32):
         raise bad_type(op, "table", f"{x.dtype} or torch.float32", table.dtype)
+    device = x.device
     for argument, tensor in (("positions", positions), ("table", table)):
-        if tensor.device != x.device:
-            raise bad_value(op, argument, f"on {x.device}", tensor.device)
+        if tensor.device != device:
+            raise bad_value(op, argument, f"on {device}", tensor.device)
 
 
 def check_positions(op: str, positions: Tensor, table: Tensor) -> None:

@@ -31,6 +31,7 @@ from glm4_kernels.library import (
     register_op,
 )
 from glm4_kernels.rope import (
+    INDEX_DTYPES,
     check_positions,
     check_rotation,
     head_block,
@@ -309,71 +310,81 @@ def check_rope_kv_write(
     v_scale: Tensor | None = None,
 ) -> None:
     op = "rope_kv_write"
+    dtype, device = qkv.dtype, qkv.device
     if qkv.dim() != 2:
         raise bad_value(op, "qkv", "[T, (H + 2G) * D]", list(qkv.shape))
-    if qkv.dtype not in FLOAT_DTYPES:
-        raise bad_type(op, "qkv", "float32, bfloat16 or float16", qkv.dtype)
+    if dtype not in FLOAT_DTYPES:
+        raise bad_type(op, "qkv", "float32, bfloat16 or float16", dtype)
     if k_cache.dim() != 4:
         raise bad_value(op, "k_cache", "[n_pages, G, page_size, D]", list(k_cache.shape))
-    n_kv_heads, page_size, head_dim = k_cache.shape[1:]
+    _, n_kv_heads, page_size, head_dim = k_cache.shape
     if page_size < 1 or page_size & (page_size - 1) != 0:
         raise bad_value(op, "k_cache", "of a page_size that is a power of two", page_size)
     if n_kv_heads < 1:
         raise bad_value(op, "k_cache", "of at least one head", list(k_cache.shape))
     if n_heads < 1:
         raise bad_value(op, "n_heads", "at least 1", n_heads)
+    n_tokens, n_cols = qkv.shape
     width = (n_heads + 2 * n_kv_heads) * head_dim
-    if qkv.shape[1] != width:
+    if n_cols != width:
         expected = f"[T, ({n_heads} + 2 * {n_kv_heads}) * {head_dim}]"
         raise bad_value(op, "qkv", expected, list(qkv.shape))
     check_rotation(op, "k_cache", qkv, head_dim, positions, table)
-    if slots.shape != qkv.shape[:1]:
-        raise bad_value(op, "slots", f"[{qkv.shape[0]}]", list(slots.shape))
-    if slots.dtype not in (torch.int32, torch.int64):
+    if slots.shape != (n_tokens,):
+        raise bad_value(op, "slots", f"[{n_tokens}]", list(slots.shape))
+    if slots.dtype not in INDEX_DTYPES:
         raise bad_type(op, "slots", "int32 or int64", slots.dtype)
     if bias is not None and bias.shape != (width,):
         raise bad_value(op, "bias", f"[{width}]", list(bias.shape))
-    if bias is not None and bias.dtype != qkv.dtype:
-        raise bad_type(op, "bias", qkv.dtype, bias.dtype)
+    if bias is not None and bias.dtype != dtype:
+        raise bad_type(op, "bias", dtype, bias.dtype)
 
-    if k_cache.dtype != qkv.dtype and k_cache.dtype not in QUANTISED_LIMIT:
-        raise bad_type(op, "k_cache", f"{qkv.dtype}, int8 or float8_e4m3fn", k_cache.dtype)
-    check_written(op, "k_cache", k_cache, k_cache, k_cache.dtype)
-    check_written(op, "v_cache", v_cache, k_cache, k_cache.dtype)
-    if k_cache.stride(3) != 1:
+    cache_dtype = k_cache.dtype
+    quantised = cache_dtype in QUANTISED_LIMIT
+    if cache_dtype != dtype and not quantised:
+        raise bad_type(op, "k_cache", f"{dtype}, int8 or float8_e4m3fn", cache_dtype)
+    check_written(op, "k_cache", k_cache, k_cache, cache_dtype)
+    check_written(op, "v_cache", v_cache, k_cache, cache_dtype)
+    if k_cache.stride()[3] != 1:
         raise bad_value(op, "k_cache", "contiguous over D", f"strides {k_cache.stride()}")
     if (
-        k_cache.dtype == torch.float8_e4m3fn
+        cache_dtype == torch.float8_e4m3fn
         and k_cache.device.type == "cuda"
         and torch.cuda.get_device_capability(k_cache.device) < (8, 9)
     ):
-        raise bad_type(op, "k_cache", "int8 or a float dtype before sm_89", k_cache.dtype)
-    quantised = k_cache.dtype in QUANTISED_LIMIT
+        raise bad_type(op, "k_cache", "int8 or a float dtype before sm_89", cache_dtype)
     for name, cache_scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (cache_scale is not None) != quantised:
-            expected = f"{'given' if quantised else 'None'} with a cache of {k_cache.dtype}"
+            expected = f"{'given' if quantised else 'None'} with a cache of {cache_dtype}"
             raise bad_value(op, name, expected, "None" if quantised else "a tensor")
     if k_scale is not None and v_scale is not None:
         if k_scale.shape != k_cache.shape[:3]:
             raise bad_value(op, "k_scale", list(k_cache.shape[:3]), list(k_scale.shape))
         check_written(op, "k_scale", k_scale, k_scale, torch.float32)
         check_written(op, "v_scale", v_scale, k_scale, torch.float32)
-    others = {"k_cache": k_cache, "v_cache": v_cache, "slots": slots, "bias": bias}
-    for name, tensor in (others | {"k_scale": k_scale, "v_scale": v_scale}).items():
-        if tensor is not None and tensor.device != qkv.device:
-            raise bad_value(op, name, f"on {qkv.device}", tensor.device)
+    for name, tensor in (
+        ("k_cache", k_cache),
+        ("v_cache", v_cache),
+        ("slots", slots),
+        ("bias", bias),
+        ("k_scale", k_scale),
+        ("v_scale", v_scale),
+    ):
+        if tensor is not None and tensor.device != device:
+            raise bad_value(op, name, f"on {device}", tensor.device)
 
 
 def check_written(op: str, name: str, x: Tensor, like: Tensor, dtype: torch.dtype) -> None:
     """x, which the op writes, is laid out like its K sibling and has no two equal addresses."""
-    if x.shape != like.shape:
-        raise bad_value(op, name, list(like.shape), list(x.shape))
+    shape, stride = x.shape, x.stride()
+    if x is not like and shape != like.shape:
+        raise bad_value(op, name, list(like.shape), list(shape))
     if x.dtype != dtype:
         raise bad_type(op, name, dtype, x.dtype)
-    if x.stride() != like.stride():
-        raise bad_value(op, name, f"of strides {like.stride()}, those of K", x.stride())
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise bad_value(op, name, "without overlap (not expanded)", f"strides {x.stride()}")
+    if x is not like and stride != like.stride():
+        raise bad_value(op, name, f"of strides {like.stride()}, those of K", stride)
+    if 0 in stride and any(s == 0 and n > 1 for s, n in zip(stride, shape, strict=True)):
+        raise bad_value(op, name, "without overlap (not expanded)", f"strides {stride}")
 
 
 def check_rope_kv_write_values(

@@ -114,6 +114,15 @@ def test_prefill_is_chunked_and_decode_is_batched(model):
     assert progress == [(0, 130), (50, 130), (100, 130), (130, 130), (0, 64), (50, 64), (64, 64)]
 
 
+def test_short_prompts_share_a_prefill(model):
+    prompts, progress = make_prompts([20, 30, 1, 40, 130, 50]), []
+    options = {"prefill_chunk": 50, "on_prefill": lambda *at: progress.append(at)}
+    texts = generate(model, prompts, 4, stop_token_ids=(), **options)
+    assert texts == [model.expected(prompt, 4, stops=()) for prompt in prompts]
+    assert model.passes == [20 + 30, 1 + 40, 50, 50, 30, 50, 6, 6, 6]
+    assert progress[:4] == [(0, 20), (0, 30), (20, 20), (30, 30)]
+
+
 @pytest.mark.usefixtures("steps_ahead")
 @pytest.mark.parametrize("limit", [{"n_pages": 4}, {"n_pages": 7}, {"max_batch": 2}], ids=str)
 def test_queue(model, limit):
@@ -131,7 +140,8 @@ def test_queue(model, limit):
 def test_max_batch(model):
     prompts = make_prompts([20] * 5)
     generate(model, prompts, 8, stop_token_ids=(), n_pages=100, max_batch=3)
-    assert set(model.passes) == {20, 3, 2}  # prefills, three at a time, then the last two
+    prefills = {60, 40}  # three prompts, then the last two
+    assert set(model.passes) == prefills | {3, 2}
 
 
 @pytest.mark.usefixtures("steps_ahead")
