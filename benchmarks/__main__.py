@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import cpu_model, gpu, quantized, report
+from benchmarks import cpu_model, gpu, quality, quantized, report
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.harness import discover, run_cases
 from benchmarks.model_bench import PLANS, QUICK_PLAN, measure_model
@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--json", metavar="FILE", type=Path, help="write all results there")
     top.add_argument("--quick", action="store_true", help="see that all runs; times mean nothing")
     top.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    commands = top.add_subparsers(dest="command", metavar="cpu-model | gpu | quantized | report")
+    commands = top.add_subparsers(
+        dest="command", metavar="cpu-model | gpu | quality | quantized | report"
+    )
 
     heats = commands.add_parser(
         "cpu-model", help="whole models on the CPU beside transformers and llama.cpp, 8 minutes"
@@ -42,6 +44,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", type=Path, required=True, help="one JSON per stage")
     run.add_argument("--stage", nargs="+", choices=list(gpu.STAGES), help="default: all, in order")
     run.add_argument("--force", action="store_true", help="run stages again that ended well")
+
+    damage = commands.add_parser("quality", help="what int4 and int8 do to the demo model's texts")
+    damage.add_argument("--json", metavar="FILE", type=Path, default=argparse.SUPPRESS)
+    damage.add_argument("--draws", type=int, default=quality.DRAWS, help="permutations of channels")
+    damage.add_argument("--quick", action="store_true", default=argparse.SUPPRESS)
 
     beside = commands.add_parser("quantized", help="int4 and int8 beside every peer, on the CPU")
     beside.add_argument("--json", metavar="FILE", type=Path, required=True, help="grows by stage")
@@ -65,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         None: run_here,
         "cpu-model": run_cpu_model,
         "gpu": run_gpu,
+        "quality": run_quality,
         "quantized": run_quantized,
         "report": run_report,
     }[args.command]
@@ -172,6 +180,21 @@ def run_quantized(args: argparse.Namespace) -> int:
                 write_json(args.json, {"provenance": origin, "quantized": stages})
         console.print(report.quantized_table(name, stages[name]))
     return 0 if all(quantized.ours_is_right(stages[name]) for name in wanted) else 1
+
+
+def run_quality(args: argparse.Namespace) -> int:
+    if args.draws < 1:
+        raise ValueError(f"quality: --draws must be at least 1, got {args.draws}")
+    origin = announced(provenance(torch.device("cpu"), args.quick))
+    layers = quality.layer_errors()
+    with console.status("quality") as status:
+        draws, limit = (1, 1) if args.quick else (args.draws, None)
+        for result in quality.measure(quality.CONTENDERS, draws, limit, status.update):
+            if args.json:
+                found = {"provenance": origin, "quality": result | {"layers": layers}}
+                write_json(args.json, found)
+    console.print(report.quality_table(result))
+    return 0
 
 
 def run_report(args: argparse.Namespace) -> int:

@@ -44,9 +44,9 @@ from benchmarks.harness import one_line, quantile
 from benchmarks.model_bench import MEMORY_SHARE, transformers_twin
 from benchmarks.op_budget import budget
 from benchmarks.peers.serve import busy_seconds, settle
-from glm4.checkpoint import preparer
 from glm4.generation import free_bytes, stream
 from glm4.model import Config, Model, Weight, linear
+from glm4.quantization_policy import preparer
 
 Result = dict[str, Any]
 

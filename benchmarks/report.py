@@ -288,6 +288,49 @@ def at(ascending: list[float], q: float) -> float:
     return ascending[min(int(q * len(ascending)), len(ascending) - 1)]
 
 
+QUALITY_COLUMNS = ("weights", "bits", "en", "es", "prose", "all", "KL, mnat", "KL of max/7's")
+
+
+def quality_table(quality: Result) -> Table:
+    title = "held-out perplexity of the demo model: relative rise, 95 % interval"
+    table = Table(*QUALITY_COLUMNS, title=title, **STYLE)
+    for row in quality_rows(quality):
+        table.add_row(*row)
+    return table
+
+
+def quality_rows(quality: Result) -> Iterator[tuple[str, ...]]:
+    for who in quality["contenders"]:
+        rises = (who[text] for text in ("en", "es", "prose", "all"))
+        kl, ratio = who["kl_nats"], next(iter(who["kl_share"].values()))
+        yield (
+            who["name"],
+            f"{who['bits_per_weight']:.2f}",
+            *(f"{100 * rise['mean']:.2f} ± {100 * rise['half']:.2f} %" for rise in rises),
+            f"{1000 * kl['mean']:.2f} ± {1000 * kl['half']:.2f}",
+            f"{ratio['mean']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})",
+        )
+
+
+def quality_section(quality: Result) -> str:
+    draws = f"the mean of {quality['draws']} draws of the rounding" if quality["draws"] > 1 else ""
+    title = f"**Quantisation of the demo model: relative rise of held-out perplexity** {draws}"
+    layers = quality["layers"]
+    who = list(layers[0]["relative_squared_error"])
+    errors = (
+        (row["weights"], *(f"{row['relative_squared_error'][name]:.4f}" for name in who))
+        for row in layers
+    )
+    return "\n\n".join(
+        (
+            title.strip(),
+            pipes(QUALITY_COLUMNS, quality_rows(quality)),
+            "Squared error of int4 weights in groups of 128, over their square:",
+            pipes(("weights", *who), errors),
+        )
+    )
+
+
 def load_results(root: Path) -> dict[str, list[Result]]:
     """The result files under `root` by folder, one folder a device; refuses those of --quick."""
     if not root.is_dir():
@@ -317,6 +360,7 @@ def markdown(root: Path, readme: Path) -> str:
         for model in models:
             parts.append(f"**{model_name(model)}**\n\n{pipes(MODEL_COLUMNS, model_rows(model))}")
         parts += [quantized_section(r["quantized"]) for r in results if r.get("quantized")]
+        parts += [quality_section(r["quality"]) for r in results if r.get("quality")]
         for heat in heats:
             parts.append(f"**{heat_name(heat)}**\n\n{pipes(HEAT_COLUMNS, heat_rows(heat))}")
             if any("budgets" in who for who in heat["contenders"]):

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-import glm4_kernels as gk
 from glm4.model import Config, Model, Weight, check_dtype, overflows
 from glm4.quantization_config import Quantization, read_quantization
+from glm4.quantization_policy import LINEAR, Policy, policy_of, preparer
 from glm4.quantized_checkpoint import QuantizedPart, find_part, is_idle_bias, read_quantized
 from glm4.tensor_files import STORED_DTYPES, CheckpointError, Stored, find_tensors, read_json
 from glm4_kernels.library import bad_type, bad_value
@@ -46,7 +46,7 @@ def load(
     path_or_repo: str | os.PathLike[str],
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    quantize: str | None = None,
+    quantize: str | Policy | None = None,
     rope_theta: float | None = None,
     rope_mode: str = "reference",
     progress: bool = True,
@@ -59,6 +59,7 @@ def load(
         dtype: "auto" is the checkpoint's own; else "bfloat16", "float32" or "float16". Tools that
             quantise write float16 whatever the model: where it would overflow, "auto" is bfloat16.
         quantize: None, "int8" or "int4": of the linear layers, as they are read; the head is int8.
+            Or a policy of your own: see `glm4.quantization_policy`.
             Layers that are quantised on disk load as they are.
         rope_theta: overrides the checkpoint's.
         rope_mode: "reference" rounds RoPE's table as transformers does, "exact" (needed past 256K
@@ -71,7 +72,7 @@ def load(
         CheckpointError: the checkpoint is missing, damaged, or not a supported GLM-4.
         ValueError, TypeError: another argument is wrong.
     """
-    prepare = preparer(quantize)
+    policy = policy_of(quantize)
     if rope_mode not in ("reference", "exact"):
         raise bad_value("load", "rope_mode", "'reference' or 'exact'", repr(rope_mode))
     if activations not in (None, "int8", "float"):
@@ -92,6 +93,7 @@ def load(
     dtype = DTYPES[str(dtype).removeprefix("torch.")]
     check_dtype(config, dtype)
 
+    prepare = preparer(policy, config)
     weights: dict[str, Weight] = {}
     with progress_bar(f"Loading {folder.name}", len(config.shapes), progress) as show:
         for done, (name, shape) in enumerate(config.shapes.items(), 1):
@@ -137,23 +139,6 @@ def examine(folder: Path, rope_theta: float | None = None) -> Checkpoint:
     quantization = read_quantization(folder, config_json)
     floats, quantised = match_tensors(config, stored, listing, quantization)
     return Checkpoint(config, config_json, floats, quantised)
-
-
-def preparer(quantize: str | None) -> Callable[[str, Tensor], Weight]:
-    """What `load(quantize=...)` does to each weight, by its name in `Config.shapes`."""
-    if quantize not in (None, "int8", "int4"):
-        raise bad_value("load", "quantize", "None, 'int8' or 'int4'", repr(quantize))
-
-    def prepare(name: str, weight: Tensor) -> Weight:
-        kind = name.rpartition(".")[2]
-        if quantize is None or kind not in ("qkv", "o", "gate_up", "down", "lm_head"):
-            return weight
-        if quantize == "int8" or kind == "lm_head":
-            return gk.quantize(weight, bits=8, group_size=None)
-        fitting = (group for group in (128, 64, 32) if weight.shape[1] % group == 0)
-        return gk.quantize(weight, bits=4, group_size=next(fitting, None))
-
-    return prepare
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -368,8 +353,6 @@ LAYER_NAMES = {
 }
 # Tables of RoPE that some checkpoints carry; the model computes its own.
 IGNORED = {"inv_freq", "cos_cached", "sin_cached"}
-# Those that may be quantised: the linear layers.
-LINEAR = {"qkv", "o", "gate_up", "down", "lm_head"}
 
 
 def names_on_disk(config: Config, ours: str, remote_code: bool = False) -> dict[str, int]:

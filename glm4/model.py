@@ -208,7 +208,7 @@ class Model:
         """A model of true sizes with random weights made on the device, for measurements.
 
         Args:
-            prepare: what becomes of each weight, e.g. `glm4.checkpoint.preparer("int4")`.
+            prepare: what becomes of each weight, e.g. `glm4.quantization_policy.preparer("int4")`.
         """
         check_dtype(config, dtype)
         device = torch.device(device)

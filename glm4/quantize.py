@@ -26,10 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-import glm4_kernels as gk
 from glm4.checkpoint import (
     FIELDS,
-    LINEAR,
     Checkpoint,
     examine,
     find_folder,
@@ -41,6 +39,7 @@ from glm4.checkpoint import (
 )
 from glm4.model import Config, Weight
 from glm4.quantization_config import Scheme, write_quantization
+from glm4.quantization_policy import LINEAR, Form, preparer
 from glm4.quantized_checkpoint import Codes, pack_quantized
 from glm4.tensor_files import STORED_DTYPES, CheckpointError, read_json
 from glm4.tokenizer_model import convert_tokenizer
@@ -109,13 +108,16 @@ def quantize_checkpoint(
     if rope_theta is None and checkpoint.config_json["model_type"] == "glm":
         warn_of_theta(checkpoint.config, folder)
 
-    def prepare(name: str, weight: Tensor) -> Weight:
-        width = head_bits if name == "lm_head" else bits
-        if name.rpartition(".")[2] not in LINEAR or width == 16:
-            return weight
-        groups = (g for g in (128, 64, 32) if group_size is not None and g <= group_size)
-        group = next((g for g in groups if weight.shape[1] % g == 0), None)
-        return gk.quantize(weight, width, group, symmetric)
+    # Rounding to 8 bits leaves nothing to answer for.
+    forms = {
+        width: Form(width, group_size, symmetric, "feedback" if width == 4 else "search")
+        for width in (4, 8)
+    }
+    policy = dict.fromkeys(LINEAR, forms[bits])
+    del policy["lm_head"]
+    if head_bits != 16:
+        policy["lm_head"] = replace(forms[head_bits], method="search")
+    prepare = preparer(policy, checkpoint.config)
 
     target = Path(target).expanduser()
     with appearing(target) as partial:

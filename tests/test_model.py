@@ -15,7 +15,7 @@ from benchmarks.shapes import SHAPES
 from glm4 import PRESETS, Config, Model
 from glm4.attention import Chunk, gather, partial_attention, prefill_attention
 from glm4.cache import PAGE_SIZE, Step
-from glm4.checkpoint import preparer
+from glm4.quantization_policy import preparer
 
 SMALL = Config(
     layers=2,

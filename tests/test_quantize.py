@@ -235,3 +235,61 @@ def test_rejects(error, message, change):
     arguments = {"weight": torch.ones(4, 128)} | change
     with pytest.raises(error, match=f"^quantize: {message}"):
         gk.quantize(**arguments)
+
+
+def correlated_inputs(k):
+    """Inputs of a few strong directions, and E[x x^T] in blocks of 128."""
+    x = torch.randn(2048, k // 4) @ torch.randn(k // 4, k) + 0.3 * torch.randn(2048, k)
+    return x, [part.t() @ part / len(part) for part in x.split(128, dim=1)]
+
+
+@pytest.mark.parametrize("bits, group_size, symmetric", [f for f in FORMS if f[1] is not None])
+def test_feedback_lowers_the_error_of_the_output(bits, group_size, symmetric):
+    """And its codes are a QuantizedWeight like any other."""
+    x, moment = correlated_inputs(256)
+    weight = torch.randn(48, 256).to(torch.bfloat16)
+    given = weight.clone()
+    nearest = gk.quantize(weight, bits, group_size, symmetric, "nearest")
+    feedback = gk.quantize(weight, bits, group_size, symmetric, "feedback", moment)
+    assert torch.equal(weight, given)
+    exact = x @ weight.float().t()
+    theirs, ours = ((x @ q.dequantize().t() - exact).norm() for q in (nearest, feedback))
+    assert ours < 0.8 * theirs
+    for a, b in zip(nearest.codes(), feedback.codes(), strict=True):
+        assert (a is None) == (b is None) and (
+            a is None or (a.dtype, a.shape) == (b.dtype, b.shape)
+        )
+
+
+def test_feedback_without_correlations_is_a_search():
+    """A diagonal H gives no error anything to answer: what is left is the choice of the grid."""
+    weight = torch.randn(32, 256)
+    feedback = gk.quantize(weight, method="feedback", second_moment=[torch.eye(128)] * 2)
+    nearest, search = (gk.quantize(weight, method=method) for method in ("nearest", "search"))
+    theirs, best, ours = (group_errors(weight, q)[0].sum() for q in (nearest, search, feedback))
+    assert ours < theirs and ours < 1.02 * best
+
+
+def test_feedback_of_dead_inputs():
+    """Channels that are always 0 leave H singular."""
+    x, _ = correlated_inputs(256)
+    x[:, ::3] = 0
+    for moment in ([x.t() @ x / len(x)], [torch.zeros(256, 256)]):
+        qweight = gk.quantize(torch.randn(16, 256), method="feedback", second_moment=moment)
+        assert qweight.dequantize().isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"method": "search"}, "second_moment must be None but for 'feedback'"),
+        ({"second_moment": None}, "second_moment must be None but for 'feedback'"),
+        ({"second_moment": [torch.eye(64)] * 4}, "must be square blocks, multiples of 128"),
+        ({"second_moment": [torch.eye(128)]}, "256 in all, got"),
+        ({"second_moment": [torch.full((256, 256), math.nan)]}, "must be finite"),
+    ],
+)
+def test_rejects_second_moment(change, message):
+    given = {"method": "feedback", "second_moment": [torch.eye(256)]} | change
+    with pytest.raises(ValueError, match=message):
+        gk.quantize(torch.randn(4, 256), **given)
