@@ -21,7 +21,7 @@ from glm4_kernels.library import bad_type, bad_value
 from glm4_kernels.quantized_weight import BITS, BLOCK, GROUP_SIZES, QuantizedWeight, slabs
 
 # Grids are chosen for this many weights at a time: what the search reads again stays in cache.
-PIECE = 2**19
+PIECE = 2**18
 METHODS = (*GRIDS, "feedback")
 
 
@@ -47,7 +47,7 @@ def quantize(
             diagonal, each [B, B] with B a multiple of the group, K in all.
 
     Returns:
-        A QuantizedWeight on the weight's device. Scratch is 16 MiB a copy, whatever the matrix.
+        A QuantizedWeight on the weight's device. Scratch is tens of MiB, whatever the matrix.
 
     Raises:
         ValueError: an argument or the shape is not supported, or a weight is NaN or infinite.
