@@ -93,177 +93,157 @@ struct Lanes {
         }
     }
 
+    // clang-format off
     // add_chunks of 4 to 6 rows and 2 tiles, in assembly: compilers keep these 24 sums on the stack
-    // and lose a third of the speed. zmm0-11 hold the integer sums, rows of the first tile in 0-5
-    // and of the second in 6-11; zmm12-23 the float sums likewise; 24-27 codes of W; 28 a
-    // broadcast; 29 the mask.
+    // and lose a third of the speed. zmm0-11 hold the integer sums, rows of the first tile in 0-5 and
+    // of the second in 6-11; zmm12-23 the float sums likewise; 24-27 codes of W; 28 a broadcast; 29
+    // the mask.
     //
     // A row of a quad: one broadcast, two vpdpbusd.
-#define GLM4_ROW(quad, rows, m, sum0, sum1, u0, u1) \
-    "vpbroadcastd 4*(" #quad "*" #rows "+" #m       \
-    ")(%[x]), %%zmm28\n"                            \
-    "vpdpbusd %%zmm28, %%" #u0 ", %%" #sum0         \
-    "\n"                                            \
+#define GLM4_ROW(quad, rows, m, sum0, sum1, u0, u1)                                                \
+    "vpbroadcastd 4*(" #quad "*" #rows "+" #m ")(%[x]), %%zmm28\n"                                 \
+    "vpdpbusd %%zmm28, %%" #u0 ", %%" #sum0 "\n"                                                   \
     "vpdpbusd %%zmm28, %%" #u1 ", %%" #sum1 "\n"
-#define GLM4_ROWS4(quad, rows, u0, u1)          \
-    GLM4_ROW(quad, rows, 0, zmm0, zmm6, u0, u1) \
-    GLM4_ROW(quad, rows, 1, zmm1, zmm7, u0, u1) \
-    GLM4_ROW(quad, rows, 2, zmm2, zmm8, u0, u1) \
+#define GLM4_ROWS4(quad, rows, u0, u1)                                                             \
+    GLM4_ROW(quad, rows, 0, zmm0, zmm6, u0, u1)                                                    \
+    GLM4_ROW(quad, rows, 1, zmm1, zmm7, u0, u1)                                                    \
+    GLM4_ROW(quad, rows, 2, zmm2, zmm8, u0, u1)                                                    \
     GLM4_ROW(quad, rows, 3, zmm3, zmm9, u0, u1)
-#define GLM4_ROWS5(quad, rows, u0, u1) \
-    GLM4_ROWS4(quad, rows, u0, u1)     \
+#define GLM4_ROWS5(quad, rows, u0, u1)                                                             \
+    GLM4_ROWS4(quad, rows, u0, u1)                                                                 \
     GLM4_ROW(quad, rows, 4, zmm4, zmm10, u0, u1)
-#define GLM4_ROWS6(quad, rows, u0, u1) \
-    GLM4_ROWS5(quad, rows, u0, u1)     \
+#define GLM4_ROWS6(quad, rows, u0, u1)                                                             \
+    GLM4_ROWS5(quad, rows, u0, u1)                                                                 \
     GLM4_ROW(quad, rows, 5, zmm5, zmm11, u0, u1)
 
     // A block of 64 bytes of both tiles: a quad of columns in int8, two in int4.
-#define GLM4_LOAD(block)         \
-    "prefetcht0 1024+64*" #block \
-    "(%[w0])\n"                  \
-    "prefetcht0 1024+64*" #block \
-    "(%[w1])\n"                  \
-    "vmovdqu64 64*" #block       \
-    "(%[w0]), %%zmm24\n"         \
+#define GLM4_LOAD(block)                                                                           \
+    "prefetcht0 1024+64*" #block "(%[w0])\n"                                                       \
+    "prefetcht0 1024+64*" #block "(%[w1])\n"                                                       \
+    "vmovdqu64 64*" #block "(%[w0]), %%zmm24\n"                                                    \
     "vmovdqu64 64*" #block "(%[w1]), %%zmm25\n"
 #define GLM4_BLOCK8(block, rows) GLM4_LOAD(block) GLM4_ROWS##rows(block, rows, zmm24, zmm25)
-#define GLM4_BLOCK4(block, rows) \
-    GLM4_LOAD(block)             \
-    "vpandd %%zmm29, %%zmm24, %%zmm26\n"                   \
-    "vpandd %%zmm29, %%zmm25, %%zmm27\n"                   \
-    "vpsrlw $4, %%zmm24, %%zmm24\n"                        \
-    "vpsrlw $4, %%zmm25, %%zmm25\n"                        \
-    GLM4_ROWS##rows((2 * block), rows, zmm26, zmm27)       \
-    "vpandd %%zmm29, %%zmm24, %%zmm24\n"                   \
-    "vpandd %%zmm29, %%zmm25, %%zmm25\n"                   \
+#define GLM4_BLOCK4(block, rows)                                                                   \
+    GLM4_LOAD(block)                                                                               \
+    "vpandd %%zmm29, %%zmm24, %%zmm26\n"                                                           \
+    "vpandd %%zmm29, %%zmm25, %%zmm27\n"                                                           \
+    "vpsrlw $4, %%zmm24, %%zmm24\n"                                                                \
+    "vpsrlw $4, %%zmm25, %%zmm25\n"                                                                \
+    GLM4_ROWS##rows((2 * block), rows, zmm26, zmm27)                                               \
+    "vpandd %%zmm29, %%zmm24, %%zmm24\n"                                                           \
+    "vpandd %%zmm29, %%zmm25, %%zmm25\n"                                                           \
     GLM4_ROWS##rows((2 * block + 1), rows, zmm24, zmm25)
-#define GLM4_COLUMNS8(rows)                                                             \
-    GLM4_BLOCK8(0, rows)                                                                \
-    GLM4_BLOCK8(1, rows) GLM4_BLOCK8(2, rows) GLM4_BLOCK8(3, rows) GLM4_BLOCK8(4, rows) \
-        GLM4_BLOCK8(5, rows) GLM4_BLOCK8(6, rows) GLM4_BLOCK8(7, rows)
-#define GLM4_COLUMNS4(rows) \
+#define GLM4_COLUMNS8(rows)                                                                        \
+    GLM4_BLOCK8(0, rows) GLM4_BLOCK8(1, rows) GLM4_BLOCK8(2, rows)                                 \
+    GLM4_BLOCK8(3, rows) GLM4_BLOCK8(4, rows) GLM4_BLOCK8(5, rows)                                 \
+    GLM4_BLOCK8(6, rows) GLM4_BLOCK8(7, rows)
+#define GLM4_COLUMNS4(rows)                                                                        \
     GLM4_BLOCK4(0, rows) GLM4_BLOCK4(1, rows) GLM4_BLOCK4(2, rows) GLM4_BLOCK4(3, rows)
 
     // A row at the start and at the end of a chunk, and in memory.
-#define GLM4_START(m, sum0, sum1)                \
-    "vpbroadcastd 4*" #m "(%[offset]), %%" #sum0 \
-    "\n"                                         \
+#define GLM4_START(m, sum0, sum1)                                                                  \
+    "vpbroadcastd 4*" #m "(%[offset]), %%" #sum0 "\n"                                              \
     "vmovdqa64 %%" #sum0 ", %%" #sum1 "\n"
-#define GLM4_FINISH(m, sum0, sum1, float0, float1)  \
-    "vbroadcastss 4*" #m                            \
-    "(%[step]), %%zmm28\n"                          \
-    "vcvtdq2ps %%" #sum0 ", %%" #sum0               \
-    "\n"                                            \
-    "vcvtdq2ps %%" #sum1 ", %%" #sum1               \
-    "\n"                                            \
-    "vmulps %%zmm28, %%" #sum0 ", %%" #sum0         \
-    "\n"                                            \
-    "vmulps %%zmm28, %%" #sum1 ", %%" #sum1         \
-    "\n"                                            \
-    "vaddps %%" #sum0 ", %%" #float0 ", %%" #float0 \
-    "\n"                                            \
+#define GLM4_FINISH(m, sum0, sum1, float0, float1)                                                 \
+    "vbroadcastss 4*" #m "(%[step]), %%zmm28\n"                                                    \
+    "vcvtdq2ps %%" #sum0 ", %%" #sum0 "\n"                                                         \
+    "vcvtdq2ps %%" #sum1 ", %%" #sum1 "\n"                                                         \
+    "vmulps %%zmm28, %%" #sum0 ", %%" #sum0 "\n"                                                   \
+    "vmulps %%zmm28, %%" #sum1 ", %%" #sum1 "\n"                                                   \
+    "vaddps %%" #sum0 ", %%" #float0 ", %%" #float0 "\n"                                           \
     "vaddps %%" #sum1 ", %%" #float1 ", %%" #float1 "\n"
-#define GLM4_LOAD_SUMS(m, float0, float1)     \
-    "vmovups 128*" #m "(%[sums]), %%" #float0 \
-    "\n"                                      \
+#define GLM4_LOAD_SUMS(m, float0, float1)                                                          \
+    "vmovups 128*" #m "(%[sums]), %%" #float0 "\n"                                                 \
     "vmovups 128*" #m "+64(%[sums]), %%" #float1 "\n"
-#define GLM4_STORE_SUMS(m, float0, float1) \
-    "vmovups %%" #float0 ", 128*" #m       \
-    "(%[sums])\n"                          \
+#define GLM4_STORE_SUMS(m, float0, float1)                                                         \
+    "vmovups %%" #float0 ", 128*" #m "(%[sums])\n"                                                 \
     "vmovups %%" #float1 ", 128*" #m "+64(%[sums])\n"
-#define GLM4_EACH4_SUM(what) \
-    what(0, zmm0, zmm6) what(1, zmm1, zmm7) what(2, zmm2, zmm8) what(3, zmm3, zmm9)
+#define GLM4_EACH4_SUM(what) what(0, zmm0, zmm6) what(1, zmm1, zmm7)                               \
+    what(2, zmm2, zmm8) what(3, zmm3, zmm9)
 #define GLM4_EACH5_SUM(what) GLM4_EACH4_SUM(what) what(4, zmm4, zmm10)
 #define GLM4_EACH6_SUM(what) GLM4_EACH5_SUM(what) what(5, zmm5, zmm11)
-#define GLM4_EACH4_BOTH(what)                                           \
-    what(0, zmm0, zmm6, zmm12, zmm18) what(1, zmm1, zmm7, zmm13, zmm19) \
-        what(2, zmm2, zmm8, zmm14, zmm20) what(3, zmm3, zmm9, zmm15, zmm21)
+#define GLM4_EACH4_BOTH(what) what(0, zmm0, zmm6, zmm12, zmm18) what(1, zmm1, zmm7, zmm13, zmm19)  \
+    what(2, zmm2, zmm8, zmm14, zmm20) what(3, zmm3, zmm9, zmm15, zmm21)
 #define GLM4_EACH5_BOTH(what) GLM4_EACH4_BOTH(what) what(4, zmm4, zmm10, zmm16, zmm22)
 #define GLM4_EACH6_BOTH(what) GLM4_EACH5_BOTH(what) what(5, zmm5, zmm11, zmm17, zmm23)
-#define GLM4_EACH4_FLOAT(what) \
-    what(0, zmm12, zmm18) what(1, zmm13, zmm19) what(2, zmm14, zmm20) what(3, zmm15, zmm21)
+#define GLM4_EACH4_FLOAT(what) what(0, zmm12, zmm18) what(1, zmm13, zmm19)                         \
+    what(2, zmm14, zmm20) what(3, zmm15, zmm21)
 #define GLM4_EACH5_FLOAT(what) GLM4_EACH4_FLOAT(what) what(4, zmm16, zmm22)
 #define GLM4_EACH6_FLOAT(what) GLM4_EACH5_FLOAT(what) what(5, zmm17, zmm23)
 
-    // The end of a group: c += scale * (sum - zero point * total), scales in zmm24 and 25, zero
-    // points in 26 and 27.
-#define GLM4_ZERO_SUMS(m, float0, float1)             \
-    "vpxord %%" #float0 ", %%" #float0 ", %%" #float0 \
-    "\n"                                              \
+    // The end of a group: c += scale * (sum - zero point * total), scales in zmm24 and 25, zero points
+    // in 26 and 27.
+#define GLM4_ZERO_SUMS(m, float0, float1)                                                          \
+    "vpxord %%" #float0 ", %%" #float0 ", %%" #float0 "\n"                                         \
     "vpxord %%" #float1 ", %%" #float1 ", %%" #float1 "\n"
-#define GLM4_TAKE_OFF_ZERO(m, sum0, sum1, float0, float1) \
-    "vbroadcastss 4*" #m                                  \
-    "(%[total]), %%zmm28\n"                               \
-    "vmulps %%zmm28, %%zmm26, %%" #sum0                   \
-    "\n"                                                  \
-    "vmulps %%zmm28, %%zmm27, %%" #sum1                   \
-    "\n"                                                  \
-    "vsubps %%" #sum0 ", %%" #float0 ", %%" #float0       \
-    "\n"                                                  \
+#define GLM4_TAKE_OFF_ZERO(m, sum0, sum1, float0, float1)                                          \
+    "vbroadcastss 4*" #m "(%[total]), %%zmm28\n"                                                   \
+    "vmulps %%zmm28, %%zmm26, %%" #sum0 "\n"                                                       \
+    "vmulps %%zmm28, %%zmm27, %%" #sum1 "\n"                                                       \
+    "vsubps %%" #sum0 ", %%" #float0 ", %%" #float0 "\n"                                           \
     "vsubps %%" #sum1 ", %%" #float1 ", %%" #float1 "\n"
-#define GLM4_ADD_SCALED(m, sum0, sum1, float0, float1)  \
-    "vmulps %%" #float0 ", %%zmm24, %%" #sum0           \
-    "\n"                                                \
-    "vmulps %%" #float1 ", %%zmm25, %%" #sum1           \
-    "\n"                                                \
-    "vaddps 128*" #m "(%[c]), %%" #sum0 ", %%" #sum0    \
-    "\n"                                                \
-    "vaddps 128*" #m "+64(%[c]), %%" #sum1 ", %%" #sum1 \
-    "\n"                                                \
-    "vmovups %%" #sum0 ", 128*" #m                      \
-    "(%[c])\n"                                          \
+#define GLM4_ADD_SCALED(m, sum0, sum1, float0, float1)                                             \
+    "vmulps %%" #float0 ", %%zmm24, %%" #sum0 "\n"                                                 \
+    "vmulps %%" #float1 ", %%zmm25, %%" #sum1 "\n"                                                 \
+    "vaddps 128*" #m "(%[c]), %%" #sum0 ", %%" #sum0 "\n"                                          \
+    "vaddps 128*" #m "+64(%[c]), %%" #sum1 ", %%" #sum1 "\n"                                       \
+    "vmovups %%" #sum0 ", 128*" #m "(%[c])\n"                                                      \
     "vmovups %%" #sum1 ", 128*" #m "+64(%[c])\n"
-#define GLM4_FINISH_GROUP(rows)         \
-    "vmovups (%[factors]), %%zmm24\n"   \
-    "vmovups 64(%[factors]), %%zmm25\n" \
-    "add $128, %[factors]\n" GLM4_EACH##rows##_BOTH(GLM4_ADD_SCALED)
-#define GLM4_FINISH_GROUP_WITH_ZERO(rows)                        \
-    "vmovups 128(%[factors]), %%zmm26\n"                         \
-    "vmovups 192(%[factors]), %%zmm27\n" GLM4_EACH##rows##_BOTH( \
-        GLM4_TAKE_OFF_ZERO) "add $4*" #rows                      \
-                            ", %[total]\n" GLM4_FINISH_GROUP(rows) "add $128, %[factors]\n"
+#define GLM4_FINISH_GROUP(rows)                                                                    \
+    "vmovups (%[factors]), %%zmm24\n"                                                              \
+    "vmovups 64(%[factors]), %%zmm25\n"                                                            \
+    "add $128, %[factors]\n"                                                                       \
+    GLM4_EACH##rows##_BOTH(GLM4_ADD_SCALED)
+#define GLM4_FINISH_GROUP_WITH_ZERO(rows)                                                          \
+    "vmovups 128(%[factors]), %%zmm26\n"                                                           \
+    "vmovups 192(%[factors]), %%zmm27\n"                                                           \
+    GLM4_EACH##rows##_BOTH(GLM4_TAKE_OFF_ZERO)                                                     \
+    "add $4*" #rows ", %[total]\n"                                                                 \
+    GLM4_FINISH_GROUP(rows)                                                                        \
+    "add $128, %[factors]\n"
 
     // `chunks` chunks of `blocks` times 32 columns.
-#define GLM4_CHUNKS(bits, rows) \
-    "1:\n"                                   \
-    GLM4_EACH##rows##_SUM(GLM4_START)        \
-    "mov %[blocks], %[left]\n"               \
-    "2:\n"                                   \
-    GLM4_COLUMNS##bits(rows)                 \
-    "add $64*" #bits ", %[w0]\n"             \
-    "add $64*" #bits ", %[w1]\n"             \
-    "add $32*" #rows ", %[x]\n"              \
-    "dec %[left]\n"                          \
-    "jnz 2b\n"                               \
-    GLM4_EACH##rows##_BOTH(GLM4_FINISH)      \
-    "add $4*" #rows ", %[offset]\n"          \
-    "add $4*" #rows ", %[step]\n"            \
-    "dec %[chunks]\n"                        \
+#define GLM4_CHUNKS(bits, rows)                                                                    \
+    "1:\n"                                                                                         \
+    GLM4_EACH##rows##_SUM(GLM4_START)                                                              \
+    "mov %[blocks], %[left]\n"                                                                     \
+    "2:\n"                                                                                         \
+    GLM4_COLUMNS##bits(rows)                                                                       \
+    "add $64*" #bits ", %[w0]\n"                                                                   \
+    "add $64*" #bits ", %[w1]\n"                                                                   \
+    "add $32*" #rows ", %[x]\n"                                                                    \
+    "dec %[left]\n"                                                                                \
+    "jnz 2b\n"                                                                                     \
+    GLM4_EACH##rows##_BOTH(GLM4_FINISH)                                                            \
+    "add $4*" #rows ", %[offset]\n"                                                                \
+    "add $4*" #rows ", %[step]\n"                                                                  \
+    "dec %[chunks]\n"                                                                              \
     "jnz 1b\n"
 #define GLM4_MASK "vpbroadcastd %[mask], %%zmm29\n"
-#define GLM4_MOVING                                                                      \
-    [w0] "+r"(w0), [w1] "+r"(w1), [x] "+r"(x), [offset] "+r"(offset), [step] "+r"(step), \
+#define GLM4_MOVING                                                                                \
+    [w0] "+r"(w0), [w1] "+r"(w1), [x] "+r"(x), [offset] "+r"(offset), [step] "+r"(step),           \
         [chunks] "+r"(chunks), [left] "=&r"(left)
-#define GLM4_CLOBBERED                                                                            \
-    "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8",       \
-        "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18",  \
-        "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27", "zmm28", \
-        "zmm29"
-#define GLM4_ADD_CHUNKS(bits, rows)                                                        \
-    asm volatile(GLM4_MASK GLM4_EACH##rows##_FLOAT(GLM4_LOAD_SUMS) GLM4_CHUNKS(bits, rows) \
-                     GLM4_EACH##rows##_FLOAT(GLM4_STORE_SUMS)                              \
-                 : GLM4_MOVING                                                             \
-                 : [sums] "r"(sums), [blocks] "m"(blocks), [mask] "m"(mask)                \
+#define GLM4_CLOBBERED                                                                             \
+    "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8",        \
+        "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17",            \
+        "zmm18", "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26",           \
+        "zmm27", "zmm28", "zmm29"
+#define GLM4_ADD_CHUNKS(bits, rows)                                                                \
+    asm volatile(GLM4_MASK GLM4_EACH##rows##_FLOAT(GLM4_LOAD_SUMS) GLM4_CHUNKS(bits, rows)         \
+                     GLM4_EACH##rows##_FLOAT(GLM4_STORE_SUMS)                                      \
+                 : GLM4_MOVING                                                                     \
+                 : [sums] "r"(sums), [blocks] "m"(blocks), [mask] "m"(mask)                        \
                  : GLM4_CLOBBERED)
-#define GLM4_ADD_GROUPS(bits, rows, finish) \
-    asm volatile(GLM4_MASK                                                                      \
-                 "3:\n" GLM4_EACH##rows##_FLOAT(GLM4_ZERO_SUMS) "mov %[each], %[chunks]\n"      \
-                 GLM4_CHUNKS(bits, rows) finish(rows) "dec %[groups]\n"                         \
-                 "jnz 3b\n"                                                                     \
-                 : GLM4_MOVING, [groups] "+r"(groups), [factors] "+r"(factors),                 \
-                   [total] "+r"(total)                                                          \
-                 : [c] "r"(c), [blocks] "m"(blocks), [each] "m"(each), [mask] "m"(mask)         \
+#define GLM4_ADD_GROUPS(bits, rows, finish)                                                        \
+    asm volatile(GLM4_MASK                                                                         \
+                 "3:\n" GLM4_EACH##rows##_FLOAT(GLM4_ZERO_SUMS) "mov %[each], %[chunks]\n"         \
+                 GLM4_CHUNKS(bits, rows) finish(rows) "dec %[groups]\n"                            \
+                 "jnz 3b\n"                                                                        \
+                 : GLM4_MOVING, [groups] "+r"(groups), [factors] "+r"(factors),                    \
+                   [total] "+r"(total)                                                             \
+                 : [c] "r"(c), [blocks] "m"(blocks), [each] "m"(each), [mask] "m"(mask)            \
                  : GLM4_CLOBBERED)
+    // clang-format on
 
     template <int BITS, int MT>
     static void add_chunks(const uint8_t* const (&w)[2], const int8_t* x, const int32_t* offset,
