@@ -108,6 +108,32 @@ struct Lanes256 {
         return {{eight(i), eight(i + 8)}};
     }
 
+    static void store_as(void* data, DType dtype, int64_t i, const Float& x) {
+        if (dtype == DType::float32) return store(static_cast<float*>(data) + i, x);
+        const auto eight = [&](__m256 value) {
+            const __m256i bits = _mm256_castps_si256(value);
+            const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+            __m256i words, quiet;  // 16 bits in each 32
+            if (dtype == DType::bfloat16) {
+                const __m256i odd =
+                    _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+                const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+                words = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+                quiet = _mm256_set1_epi32(0x7fc0);
+            } else {
+                words = _mm256_cvtepu16_epi32(
+                    _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+                const __m256i sign = _mm256_and_si256(words, _mm256_set1_epi32(0x8000));
+                quiet = _mm256_or_si256(sign, _mm256_set1_epi32(0x7e00));
+            }
+            return _mm256_blendv_epi8(words, quiet, nan);
+        };
+        // Packing works within 128 bits: see clamp_and_store.
+        const __m256i words = _mm256_packus_epi32(eight(x.half[0]), eight(x.half[1]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(data) + i),
+                            _mm256_permute4x64_epi64(words, 0xd8));
+    }
+
     static __m256i bytes(const uint8_t* from) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     }

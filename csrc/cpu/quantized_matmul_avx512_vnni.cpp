@@ -56,6 +56,25 @@ struct Lanes {
         }
     }
 
+    static void store_as(void* data, DType dtype, int64_t i, Float x) {
+        if (dtype == DType::float32) return _mm512_storeu_ps(static_cast<float*>(data) + i, x);
+        __m256i halves;
+        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        if (dtype == DType::bfloat16) {
+            const Int bits = _mm512_castps_si512(x);
+            const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set(1));
+            const Int rounded = add(bits, add(odd, set(0x7fff)));
+            halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+            halves = _mm256_mask_mov_epi16(halves, nan, _mm256_set1_epi16(0x7fc0));
+        } else {
+            halves = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            const __m256i sign = _mm256_and_si256(halves, _mm256_set1_epi16(short(0x8000)));
+            const __m256i quiet = _mm256_or_si256(sign, _mm256_set1_epi16(0x7e00));
+            halves = _mm256_mask_mov_epi16(halves, nan, quiet);
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(data) + i), halves);
+    }
+
     static Int quad(const int8_t* x) {
         int32_t bytes;
         memcpy(&bytes, x, sizeof(bytes));

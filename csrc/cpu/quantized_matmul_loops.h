@@ -6,6 +6,7 @@
 //   Int, Float                          16 x int32, 16 x fp32; + and * on Float by add, mul
 //   load(int32*, float*), set(one)      all lanes from memory, or from one value
 //   load_as_float(data, dtype, i)       16 values of any DType
+//   store_as(data, dtype, i, x)         the reverse, for float types: float_formats.h's rounding
 //   larger_magnitude(a, x)              max(a, bits of |x|): NaN is the largest
 //   nearest(x)                          to the nearest integer, ties to even
 //   clamp_and_store(q, x)               -127 .. 127 as int8; returns them
@@ -373,42 +374,31 @@ static void multiply_exact(const QuantizedMatmul& problem, const Activations& a,
 
 // ---- results
 
-struct Bfloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-static inline float to_float(float x) { return x; }
-static inline float to_float(Bfloat16 x) { return bfloat16_to_float(x.bits); }
-static inline float to_float(Float16 x) { return float16_to_float(x.bits); }
-static inline void from_float(float x, float* out) { *out = x; }
-static inline void from_float(float x, Bfloat16* out) { out->bits = float_to_bfloat16(x); }
-static inline void from_float(float x, Float16* out) { out->bits = float_to_float16(x); }
+// y[i] .. y[i + 15] = x; only the first `count` where there are fewer.
+static void write_lanes(const QuantizedMatmul& problem, int64_t i, int64_t count, const Float& x) {
+    if (count >= TILE_ROWS) return Lanes::store_as(problem.y, problem.dtype, i, x);
+    float lanes[TILE_ROWS];
+    Lanes::store(lanes, x);
+    for (int64_t j = 0; j < count; ++j) store_float(problem.y, problem.dtype, i + j, lanes[j]);
+}
 
-template <typename Value>
-static void write_result_of(const QuantizedMatmul& problem, const Part& part, const float* c) {
-    const int64_t n0 = part.tile * TILE_ROWS, n = problem.w.n;
-    const int64_t c_stride = part.tiles * TILE_ROWS, count = smaller(c_stride, n - n0);
-    const Value* bias = static_cast<const Value*>(problem.bias);
-    for (int64_t m = part.m0; m < part.m1; ++m, c += c_stride) {
-        Value* y = static_cast<Value*>(problem.y) + m * n + n0;
-        if (bias) {
-            for (int64_t i = 0; i < count; ++i) from_float(c[i] + to_float(bias[n0 + i]), y + i);
-        } else {
-            for (int64_t i = 0; i < count; ++i) from_float(c[i], y + i);
-        }
-    }
+// bias[n] .. bias[n + 15], zeros past the last.
+static Float bias_lanes(const QuantizedMatmul& problem, int64_t n) {
+    const int64_t count = problem.w.n - n;
+    if (count >= TILE_ROWS) return Lanes::load_as_float(problem.bias, problem.dtype, n);
+    float lanes[TILE_ROWS] = {};
+    for (int64_t j = 0; j < count; ++j) lanes[j] = load_float(problem.bias, problem.dtype, n + j);
+    return Lanes::load(lanes);
 }
 
 static void write_result(const QuantizedMatmul& problem, const Part& part, const float* c) {
-    switch (problem.dtype) {
-        case DType::bfloat16:
-            return write_result_of<Bfloat16>(problem, part, c);
-        case DType::float16:
-            return write_result_of<Float16>(problem, part, c);
-        default:
-            return write_result_of<float>(problem, part, c);
+    for (int64_t m = part.m0; m < part.m1; ++m) {
+        for (int tile = 0; tile < part.tiles; ++tile, c += TILE_ROWS) {
+            const int64_t n = (part.tile + tile) * TILE_ROWS;
+            Float y = Lanes::load(c);
+            if (problem.bias) y = Lanes::add(y, bias_lanes(problem, n));
+            write_lanes(problem, m * problem.w.n + n, problem.w.n - n, y);
+        }
     }
 }
 
@@ -437,37 +427,32 @@ static inline float silu(float x) {
     return x < 0.0f ? e * y : y;
 }
 
-template <typename Value>
-static void write_swiglu_of(const QuantizedMatmul& problem, const Part& part, float* gate,
-                            float* up) {
-    const int64_t n0 = part.tile * TILE_ROWS, half = problem.w.n / 2;
-    const int64_t count = part.tiles * TILE_ROWS;
-    const Value* bias = static_cast<const Value*>(problem.bias);
-    const auto rounded = [](float x) {
-        Value value;
-        from_float(x, &value);
-        return to_float(value);
-    };
-    for (int64_t m = part.m0; m < part.m1; ++m, gate += count, up += count) {
-        Value* y = static_cast<Value*>(problem.y) + m * half + n0;
-        if (bias) {
-            for (int64_t i = 0; i < count; ++i) gate[i] += to_float(bias[n0 + i]);
-            for (int64_t i = 0; i < count; ++i) up[i] += to_float(bias[half + n0 + i]);
-        }
-        for (int64_t i = 0; i < count; ++i) {
-            from_float(rounded(silu(rounded(gate[i]))) * rounded(up[i]), y + i);
-        }
-    }
+// Rounds to `dtype` and back.
+static void round_lanes(DType dtype, Float* x) {
+    if (dtype == DType::float32) return;
+    float rounded[TILE_ROWS] = {};  // room for any dtype
+    Lanes::store_as(rounded, dtype, 0, *x);
+    *x = Lanes::load_as_float(rounded, dtype, 0);
 }
 
 static void write_swiglu(const QuantizedMatmul& problem, const Part& part, float* gate, float* up) {
-    switch (problem.dtype) {
-        case DType::bfloat16:
-            return write_swiglu_of<Bfloat16>(problem, part, gate, up);
-        case DType::float16:
-            return write_swiglu_of<Float16>(problem, part, gate, up);
-        default:
-            return write_swiglu_of<float>(problem, part, gate, up);
+    const int64_t half = problem.w.n / 2;
+    for (int64_t m = part.m0; m < part.m1; ++m) {
+        for (int tile = 0; tile < part.tiles; ++tile, gate += TILE_ROWS, up += TILE_ROWS) {
+            const int64_t n = (part.tile + tile) * TILE_ROWS;
+            Float g = Lanes::load(gate), u = Lanes::load(up);
+            if (problem.bias) {
+                g = Lanes::add(g, bias_lanes(problem, n));
+                u = Lanes::add(u, bias_lanes(problem, half + n));
+            }
+            round_lanes(problem.dtype, &g);
+            round_lanes(problem.dtype, &u);
+            Lanes::store(gate, g);
+            for (int i = 0; i < TILE_ROWS; ++i) gate[i] = silu(gate[i]);
+            g = Lanes::load(gate);
+            round_lanes(problem.dtype, &g);
+            write_lanes(problem, m * half + n, TILE_ROWS, Lanes::mul(g, u));
+        }
     }
 }
 

@@ -41,6 +41,9 @@ struct Lanes {
         for (int j = 0; j < TILE_ROWS; ++j) y.lane[j] = load_float(data, dtype, i + j);
         return y;
     }
+    static void store_as(void* data, DType dtype, int64_t i, const Float& x) {
+        for (int j = 0; j < TILE_ROWS; ++j) store_float(data, dtype, i + j, x.lane[j]);
+    }
     static Float to_float(const Int& x) {
         Float y;
         for (int j = 0; j < TILE_ROWS; ++j) y.lane[j] = float(x.lane[j]);
