@@ -1,4 +1,4 @@
-"""Prefill attention: the library's kernels on each part, our merge between them.
+"""Prefill attention. On a GPU: the library's kernels on each part, our merge between them.
 
 A chunk's rows see its sequence's prefix (all of it) and themselves (causally), and softmax over a
 union of keys is a merge of the parts by their log-sum-exp:
@@ -7,6 +7,10 @@ union of keys is a merge of the parts by their log-sum-exp:
 
 K and V come from their pages, one segment at a time, so extra memory is bounded by the chunk and
 the segment, not by the context. Partial results are merged in fp32 and rounded once.
+
+On a CPU the library's kernel takes 24 ms a layer for 512 tokens of GLM-4-9B, a fifth of what the
+layer's int8 matmuls take, our decode kernel a fifth of that: there a chunk runs as many decode
+steps at once, each a few rows of it, over the pages where they lie.
 """
 
 from __future__ import annotations
@@ -19,9 +23,15 @@ from torch import Tensor
 
 import glm4_kernels as gk
 from glm4.cache import PAGE_SIZE, Step
+from glm4_kernels.extension import HAS_EXTENSION, extension
+from glm4_kernels.flash_decode import MAX_QUERIES
 
 # Tokens of prefix that are gathered at a time: 2 * 8192 * G * D values.
 SEGMENT = 128 * PAGE_SIZE
+# Blocks of rows times keys that one call of the decode kernel takes on a CPU: its partial results
+# are then at most 17 MB for GLM-4-9B.
+BLOCKS_TIMES_KEYS = 1 << 15
+HAS_KERNEL = HAS_EXTENSION and hasattr(extension(), "flash_decode_cpu")
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,9 @@ def prefill_attention(
     for chunk in chunks:
         if chunk.start == chunk.stop:
             continue
+        if q.device.type == "cpu" and HAS_KERNEL:
+            y[chunk.rows] = decode_attention(q[chunk.rows], k_cache, v_cache, chunk, scale)
+            continue
         q_chunk = q[chunk.rows].transpose(0, 1)[None]  # [1, H, Q, D]
         k, v = (gather(cache, chunk.pages, chunk.start, chunk.stop) for cache in (k_cache, v_cache))
         if chunk.start == 0:
@@ -67,6 +80,33 @@ def prefill_attention(
                 out, lse = gk.merge_attention(out, lse, *prefix)  # [Q, H, D], [Q, H]
         y[chunk.rows] = out.to(q.dtype)
     return y
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, chunk: Chunk, scale: float
+) -> Tensor:
+    """One chunk by the decode kernel: each block of rows is a sequence that ends with its last.
+
+    q [Q, H, D] -> [Q, H, D].
+    """
+    blocks, rest = divmod(len(q), MAX_QUERIES)
+    at_once = max(BLOCKS_TIMES_KEYS // chunk.stop, 1)
+    parts = []
+    for first in range(0, blocks, at_once):
+        n = min(at_once, blocks - first)
+        rows = q[first * MAX_QUERIES : (first + n) * MAX_QUERIES]
+        ends = torch.arange(first + 1, first + n + 1, dtype=torch.int32) * MAX_QUERIES
+        parts.append((rows.unflatten(0, (n, MAX_QUERIES)), ends + chunk.start))
+    if rest:
+        parts.append((q[None, -rest:], torch.tensor([chunk.stop], dtype=torch.int32)))
+    return torch.cat(
+        [
+            gk.flash_decode(
+                rows, k_cache, v_cache, chunk.pages.expand(len(rows), -1), ends, scale
+            ).flatten(0, 1)
+            for rows, ends in parts
+        ]
+    )
 
 
 def gather(cache: Tensor, pages: Tensor, start: int, stop: int) -> Tensor:

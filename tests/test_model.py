@@ -170,11 +170,17 @@ def test_decode_is_prefill(model):
             torch.testing.assert_close(actual[0], whole[t], **CLOSE)
 
 
-def test_merged_prefill_rounds_once(device):
+@pytest.mark.parametrize("has_kernel", [True, False], ids=["decode_kernel", "library"])
+@pytest.mark.parametrize("at_once", [1 << 15, 400], ids=["together", "two_blocks_at_once"])
+def test_prefill_in_parts_rounds_once(device, monkeypatch, has_kernel, at_once):
     """In bf16 the parts and their merge are as good as the library's attention over the whole."""
+    if has_kernel and not glm4.attention.HAS_KERNEL:
+        pytest.skip("the extension was not built, or without flash_decode")
+    monkeypatch.setattr(glm4.attention, "HAS_KERNEL", has_kernel)
+    monkeypatch.setattr(glm4.attention, "BLOCKS_TIMES_KEYS", at_once)
     k_cache, v_cache = torch.randn(2, 4, 2, PAGE_SIZE, 64, device=device).bfloat16()
     q = torch.randn(100, 6, 64, device=device).bfloat16()
-    pages = torch.arange(4, device=device)
+    pages = torch.arange(4, dtype=torch.int32, device=device)
     chunk = Chunk(slice(0, 100), pages, 100, 200)
     merged = prefill_attention(q, k_cache, v_cache, [chunk], 0.125)
 
