@@ -232,8 +232,9 @@ class Shards:
         n_bytes = tensor.numel() * tensor.element_size()
         if self.pending and self.size + n_bytes > SHARD_SIZE:
             self.flush()
-        # A copy of its own: rows of a larger tensor would keep all of it.
-        self.pending[name] = tensor.to("cpu", copy=True).contiguous()
+        # Rows of a larger tensor are copied: as they are they would keep all of it.
+        partly = tensor.untyped_storage().nbytes() > n_bytes
+        self.pending[name] = tensor.to("cpu", copy=partly).contiguous()
         self.size += n_bytes
         self.total += n_bytes
 
@@ -243,6 +244,7 @@ class Shards:
             save_file(self.pending, file, metadata={"format": "pt"})
         except SafetensorError as failure:  # a full disk, for instance
             raise CheckpointError(f"{file}: cannot be written ({failure})") from None
+        file.chmod(self.folder.stat().st_mode & 0o666)  # safetensors lets only its owner read it
         self.files.append(list(self.pending))
         self.pending, self.size = {}, 0
 

@@ -104,6 +104,8 @@ def test_holds_what_load_would_make(bits, group_size, symmetric, head_bits, sour
     names = {path.name for path in target.iterdir()}
     given = {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json"}
     assert names == given and not list(target.parent.glob("*.partial"))
+    modes = {name: (target / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(set(modes.values())) == 1, modes
 
 
 def test_group_that_divides(tmp_path):
@@ -366,12 +368,13 @@ def test_killed_run(source, tmp_path):
 
 
 MEASURE = """
-import sys, glm4
+import sys, glm4_kernels.quantized_weight
 from glm4 import quantize
 def peak():
     status = open("/proc/self/status").read()
     return int(status.split("VmHWM:")[1].split()[0]) << 10
 quantize.SHARD_SIZE = 4 << 20
+glm4_kernels.quantized_weight.SLAB = 1 << 18  # or scratch is all that shows at this size
 # To 8 bits: the scratch of 4, 130 MB whatever the model, would hide a copy of this small one.
 quantize.quantize_checkpoint(sys.argv[1], sys.argv[2], bits=8)
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
