@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import subprocess
@@ -490,3 +491,40 @@ def test_the_extension_checks_sizes_itself(message, change):
     call(**good)
     with pytest.raises(ValueError, match=message):
         call(**(good | change))
+
+
+@on_cpu
+@hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_the_extension_survives_any_argument(data):
+    """Sizes, codes and buffers that need not fit each other: a ValueError or a result; run with the
+    sanitizers (CONTRIBUTING), no byte outside a buffer either."""
+    draw = data.draw
+    m, n, blocks = draw(st.integers(-1, 9)), draw(st.integers(-1, 40)), draw(st.integers(0, 9))
+    k = blocks * 32 + draw(st.sampled_from([0, 0, 0, 1, 16]))
+    bits = draw(st.sampled_from([4, 8, 8, 4, 3]))
+    group = draw(st.sampled_from([32, 64, 128, k, k, 0, -32, 96, 2**40]))
+    swiglu = draw(st.booleans())
+    tiles, groups = -(-max(n, 0) // 16), max(k, 0) // group if group > 0 else 1
+    sizes = {
+        "y": max(m, 0) * max(n, 0) * 4 // (2 if swiglu else 1),
+        "x": max(m, 0) * max(k, 0) * 4,
+        "packed": tiles * 16 * max(k, 0) * bits // 8,
+        "scale": tiles * groups * 16 * 4,
+        "zero_point": draw(st.sampled_from([0, tiles * groups * 16])),
+        "bias": draw(st.sampled_from([0, max(n, 0) * 4])),
+    }
+    wrong = draw(st.sampled_from([None, None, *sizes]))
+    if wrong is not None:
+        sizes[wrong] = max(sizes[wrong] + draw(st.sampled_from([-64, -4, -1, 1, 4, 64])), 0)
+    memory = {
+        name: torch.randint(0, 256, (size,), dtype=torch.uint8) for name, size in sizes.items()
+    }
+    dtypes = draw(st.sampled_from([(0, 0, 3), (0, 0, 3), (0, 1, 3), (1, 0, 0), (5, -1, 9)]))
+    arguments = (
+        *(buffer(t) if t.numel() else (0, 0) for t in memory.values()),
+        *(*dtypes, m, n, k, bits, group, draw(st.sampled_from([0, 32, 64, 128, 33, -1])), swiglu),
+        *(draw(st.integers(-1, 3)), draw(st.sampled_from(["", *build_info()["cpu_variants"]]))),
+    )
+    with contextlib.suppress(ValueError):
+        extension().quantized_matmul_cpu(*arguments)
