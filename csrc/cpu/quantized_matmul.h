@@ -20,6 +20,12 @@ struct Activations {
     int64_t chunk, n_chunks;
 };
 
+// What to bring into L2 meanwhile: `lines` cache lines, at least one, for each 32 columns of a run.
+struct Prefetch {
+    const uint8_t* next;
+    int64_t lines;
+};
+
 // The part of y [M][N] that is computed in one go: rows m0 .. m1, columns of `tiles` tiles of W
 // from `tile` on. m0 and m1 are row_block boundaries.
 struct Part {

@@ -221,12 +221,19 @@ struct Lanes {
     GLM4_FINISH_GROUP(rows)                                                                        \
     "add $128, %[factors]\n"
 
-    // `chunks` chunks of `blocks` times 32 columns.
+    // `chunks` chunks of `blocks` times 32 columns; at each 32, `lines` lines of the next panel are
+    // asked for, so that it is in L2 when its turn comes.
 #define GLM4_CHUNKS(bits, rows)                                                                    \
     "1:\n"                                                                                         \
     GLM4_EACH##rows##_SUM(GLM4_START)                                                              \
     "mov %[blocks], %[left]\n"                                                                     \
     "2:\n"                                                                                         \
+    "mov %[lines], %[left_lines]\n"                                                                \
+    "4:\n"                                                                                         \
+    "prefetcht1 (%[next])\n"                                                                       \
+    "add $64, %[next]\n"                                                                           \
+    "dec %[left_lines]\n"                                                                          \
+    "jnz 4b\n"                                                                                     \
     GLM4_COLUMNS##bits(rows)                                                                       \
     "add $64*" #bits ", %[w0]\n"                                                                   \
     "add $64*" #bits ", %[w1]\n"                                                                   \
@@ -241,7 +248,7 @@ struct Lanes {
 #define GLM4_MASK "vpbroadcastd %[mask], %%zmm29\n"
 #define GLM4_MOVING                                                                                \
     [w0] "+r"(w0), [w1] "+r"(w1), [x] "+r"(x), [offset] "+r"(offset), [step] "+r"(step),           \
-        [chunks] "+r"(chunks), [left] "=&r"(left)
+        [chunks] "+r"(chunks), [left] "=&r"(left), [next] "+r"(next), [left_lines] "=&r"(left_lines)
 #define GLM4_CLOBBERED                                                                             \
     "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8",        \
         "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17",            \
@@ -251,7 +258,7 @@ struct Lanes {
     asm volatile(GLM4_MASK GLM4_EACH##rows##_FLOAT(GLM4_LOAD_SUMS) GLM4_CHUNKS(bits, rows)         \
                      GLM4_EACH##rows##_FLOAT(GLM4_STORE_SUMS)                                      \
                  : GLM4_MOVING                                                                     \
-                 : [sums] "r"(sums), [blocks] "m"(blocks), [mask] "m"(mask)                        \
+                 : [sums] "r"(sums), [blocks] "m"(blocks), [lines] "m"(lines), [mask] "m"(mask)                        \
                  : GLM4_CLOBBERED)
 #define GLM4_ADD_GROUPS(bits, rows, finish)                                                        \
     asm volatile(GLM4_MASK                                                                         \
@@ -260,17 +267,20 @@ struct Lanes {
                  "jnz 3b\n"                                                                        \
                  : GLM4_MOVING, [groups] "+r"(groups), [factors] "+r"(factors),                    \
                    [total] "+r"(total)                                                             \
-                 : [c] "r"(c), [blocks] "m"(blocks), [each] "m"(each), [mask] "m"(mask)            \
+                 : [c] "r"(c), [blocks] "m"(blocks), [lines] "m"(lines), [each] "m"(each), [mask] "m"(mask)            \
                  : GLM4_CLOBBERED)
     // clang-format on
 
     template <int BITS, int MT>
     static void add_chunks(const uint8_t* const (&w)[2], const int8_t* x, const int32_t* offset,
-                           const float* step, int64_t columns, int64_t chunk, float* sums) {
+                           const float* step, int64_t columns, int64_t chunk, float* sums,
+                           Prefetch& prefetch) {
         const uint8_t *w0 = w[0], *w1 = w[1];
         const int32_t mask = 0x0f0f0f0f;
+        const uint8_t*& next = prefetch.next;
+        const int64_t lines = prefetch.lines;
         const auto some = [&](int64_t chunks, int64_t blocks) {
-            int64_t left;
+            int64_t left, left_lines;
             if constexpr (BITS == 4 && MT == 4) GLM4_ADD_CHUNKS(4, 4);
             if constexpr (BITS == 4 && MT == 5) GLM4_ADD_CHUNKS(4, 5);
             if constexpr (BITS == 4 && MT == 6) GLM4_ADD_CHUNKS(4, 6);
@@ -285,12 +295,14 @@ struct Lanes {
     template <int BITS, int MT>
     static void add_groups(const uint8_t* const (&w)[2], const int8_t* x, const int32_t* offset,
                            const float* step, const float* total, const float* factors,
-                           bool zero_points, int64_t groups, int64_t each, int64_t chunk,
-                           float* c) {
+                           bool zero_points, int64_t groups, int64_t each, int64_t chunk, float* c,
+                           Prefetch& prefetch) {
         const uint8_t *w0 = w[0], *w1 = w[1];
         const int32_t mask = 0x0f0f0f0f;
+        const uint8_t*& next = prefetch.next;
+        const int64_t lines = prefetch.lines;
         const int64_t blocks = chunk / 32;
-        int64_t chunks, left;
+        int64_t chunks, left, left_lines;
         if (zero_points) {
             if constexpr (BITS == 4 && MT == 4) GLM4_ADD_GROUPS(4, 4, GLM4_FINISH_GROUP_WITH_ZERO);
             if constexpr (BITS == 4 && MT == 5) GLM4_ADD_GROUPS(4, 5, GLM4_FINISH_GROUP_WITH_ZERO);

@@ -114,9 +114,11 @@ static void convert_row(const QuantizedMatmul& problem, const Activations& a, in
 // sums [MT][NT * 16] += chunks of x times NT tiles of W: for each chunk, step * its integer sum.
 template <int BITS, int MT, int NT>
 static void add_chunks(const uint8_t* const (&w)[NT], const int8_t* x, const int32_t* offset,
-                       const float* step, int64_t columns, int64_t chunk, float* sums) {
+                       const float* step, int64_t columns, int64_t chunk, float* sums,
+                       Prefetch& prefetch) {
     if constexpr (Lanes::by_hand(MT, NT)) {
-        return Lanes::template add_chunks<BITS, MT>(w, x, offset, step, columns, chunk, sums);
+        return Lanes::template add_chunks<BITS, MT>(w, x, offset, step, columns, chunk, sums,
+                                                    prefetch);
     }
     const uint8_t* packed[NT];
     Float sum[NT][MT];
@@ -153,7 +155,8 @@ static void add_chunks(const uint8_t* const (&w)[NT], const int8_t* x, const int
 // `load_factors`; for Lanes that work by hand.
 template <int BITS, bool GROUPED, int MT, int NT>
 static void multiply_tiles(const QuantizedWeight& w, const Activations& a, int64_t m0, int64_t tile,
-                           int64_t k0, int64_t k1, const float* factors, float* c) {
+                           int64_t k0, int64_t k1, const float* factors, float* c,
+                           Prefetch& prefetch) {
     const uint8_t* packed[NT];
     for (int n = 0; n < NT; ++n) {
         packed[n] = w.packed + ((tile + n) * w.k + k0) * (TILE_ROWS * BITS / 8);
@@ -162,19 +165,19 @@ static void multiply_tiles(const QuantizedWeight& w, const Activations& a, int64
     const float* step = a.step + m0 * a.n_chunks + k0 / a.chunk * MT;
     const int32_t* offset = a.offset + m0 * a.n_chunks + k0 / a.chunk * MT;
     if (!GROUPED) {
-        return add_chunks<BITS, MT, NT>(packed, x, offset, step, k1 - k0, a.chunk, c);
+        return add_chunks<BITS, MT, NT>(packed, x, offset, step, k1 - k0, a.chunk, c, prefetch);
     }
     const int64_t n_groups = w.k / w.group_size, chunks = w.group_size / a.chunk;
     const float* total = a.total + m0 * n_groups + k0 / w.group_size * MT;
     if constexpr (Lanes::by_hand(MT, NT)) {
-        return Lanes::template add_groups<BITS, MT>(packed, x, offset, step, total, factors,
-                                                    w.zero_point != nullptr,
-                                                    (k1 - k0) / w.group_size, chunks, a.chunk, c);
+        return Lanes::template add_groups<BITS, MT>(
+            packed, x, offset, step, total, factors, w.zero_point != nullptr,
+            (k1 - k0) / w.group_size, chunks, a.chunk, c, prefetch);
     }
     for (int64_t group = k0 / w.group_size; group < k1 / w.group_size; ++group, total += MT) {
         alignas(64) float sums[MT * NT * TILE_ROWS];
         for (float& sum : sums) sum = 0.0f;
-        add_chunks<BITS, MT, NT>(packed, x, offset, step, w.group_size, a.chunk, sums);
+        add_chunks<BITS, MT, NT>(packed, x, offset, step, w.group_size, a.chunk, sums, prefetch);
         for (int n = 0; n < NT; ++n) packed[n] += w.group_size * TILE_ROWS * BITS / 8;
         x += w.group_size * MT, step += chunks * MT, offset += chunks * MT;
 
@@ -236,9 +239,12 @@ static void load_factors(const QuantizedWeight& w, int64_t tile, int64_t k0, int
 
 template <int BITS, bool GROUPED, int NT>
 static void multiply_rows(const QuantizedWeight& w, const Activations& a, int64_t m0, int64_t count,
-                          int64_t tile, int64_t k0, int64_t k1, const float* factors, float* c) {
+                          int64_t tile, int64_t k0, int64_t k1, const float* factors, float* c,
+                          Prefetch& prefetch) {
     static_assert(Lanes::M_TILE <= 6, "");
-    const auto rows = [&](auto multiply) { multiply(w, a, m0, tile, k0, k1, factors, c); };
+    const auto rows = [&](auto multiply) {
+        multiply(w, a, m0, tile, k0, k1, factors, c, prefetch);
+    };
     switch (count) {
         case 1:
             return rows(multiply_tiles<BITS, GROUPED, 1, NT>);
@@ -272,13 +278,17 @@ static void multiply_panel(const QuantizedMatmul& problem, const Activations& a,
     const bool again = first != last || Lanes::by_hand(int(problem.m), NT);
     const int64_t k_step = again ? PANEL_COLUMNS : w.k;
     alignas(64) float factors[GROUPED && NT == 2 ? PANEL_COLUMNS / 32 * 2 * NT * TILE_ROWS : 1];
+    constexpr int64_t LINES = NT * TILE_ROWS * 32 * BITS / 8 / 64;  // of 32 columns of a panel
+    const int64_t n_runs = last - first + 1;
+    Prefetch prefetch{w.packed + (part.tile + NT) * w.k * (TILE_ROWS * BITS / 8),
+                      (LINES + n_runs - 1) / n_runs};
     for (int64_t k = 0; k < w.k; k += k_step) {
         const int64_t k1 = smaller(k + k_step, w.k);
         if (GROUPED && again && NT == 2) load_factors<NT>(w, part.tile, k, k1, factors);
         for (int64_t run = first; run <= last; ++run) {
             const int64_t m0 = runs.start(run), rows = runs.start(run + 1) - m0;
             multiply_rows<BITS, GROUPED, NT>(w, a, m0, rows, part.tile, k, k1, factors,
-                                             c + (m0 - part.m0) * c_stride);
+                                             c + (m0 - part.m0) * c_stride, prefetch);
         }
     }
     if (!GROUPED) finish_rows(w, part, c, a.total);
