@@ -10,6 +10,7 @@
 #include "cpu/rope.h"
 #include "cpu/simd.h"
 #include "cpu/swiglu.h"
+#include "flash_decode.h"
 #include "quantized_matmul.h"
 
 namespace py = pybind11;
@@ -28,6 +29,7 @@ static py::dict build_info() {
     info["cpu_features"] = glm4::cpu_features();
     info["cpu_variants"] = glm4::cpu_variants();
     info["simd_variants"] = glm4::simd_variants();
+    info["flash_decode_variants"] = glm4::flash_decode_variants();
     return info;
 }
 
@@ -65,6 +67,18 @@ PYBIND11_MODULE(_C, module) {
                    glm4::quantized_matmul_cpu(
                        glm4::checked_quantized_matmul(arguments, glm4::Layout::tiles, swiglu),
                        activation_group, n_threads, variant);
+               });
+
+    module.def("flash_decode_cpu",
+               [](Buffer out, Buffer lse, Buffer q, Buffer k, Buffer v, Buffer block_table,
+                  Buffer seq_lens, Buffer k_scale, Buffer v_scale, int dtype, int format,
+                  float scale, const std::vector<int64_t>& sizes,
+                  const std::vector<int64_t>& strides, int n_threads, const std::string& variant) {
+                   py::gil_scoped_release release;
+                   glm4::flash_decode_cpu(
+                       glm4::checked_flash_decode(out, lse, q, k, v, block_table, seq_lens, k_scale,
+                                                  v_scale, dtype, format, scale, sizes, strides),
+                       n_threads, variant);
                });
 
 #ifdef GLM4_CUDA_VERSION

@@ -46,8 +46,9 @@ def build_info() -> dict[str, Any]:
     """What the extension was built with, and what this processor can run.
 
     `compiler`, `cuda` (None without), `cuda_architectures` (CMake's form), `sanitize`,
-    `cpu_features`, `cpu_variants` and `simd_variants` (inner loops it runs, best first, of
-    `quantized_matmul` and of the other ops); or only `error`, if there is no extension.
+    `cpu_features`, `cpu_variants`, `flash_decode_variants` and `simd_variants` (inner loops it
+    runs, best first, of `quantized_matmul`, `flash_decode` and the other ops); or only `error`, if
+    there is no extension.
     """
     return {"error": _missing} if _C is None else _C.build_info()
 

@@ -14,6 +14,13 @@ merged by lse in a fixed order (combine). One split writes the result itself.
 Rounding points: s, p, lse and all sums in fp32 (the kernel rounds p, or p v_scale, to the dtype of
 q for the tensor cores; the reference does not); one rounding of out to the dtype of q.
 
+On the CPU (csrc/cpu/flash_decode*) products are in fp32, but for two pairs on a processor with
+AVX512-BF16 and VNNI, both with q in bf16. Over a bf16 cache p is rounded to bf16. Over an int8
+cache q is rounded to 16-bit integers, exact down to a 128th of its row's largest (lse then errs by
+up to 1e-5), and p v_scale to integers of the largest of 32 keys: of 8 bits where those keys'
+weights are so alike that this errs by less than 1/32 of their sum even if all err alike, else of
+16.
+
 Bytes moved: keys * G * (2 * D * itemsize, + 8 if quantised), plus q, out and lse; the partials
 (n_splits * H * (D + 1) * 4 written and read) are bounded by the number of programs, not by keys.
 """
@@ -26,6 +33,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
 from glm4_kernels.library import (
     FLOAT_DTYPES,
     bad_type,
@@ -41,6 +49,8 @@ HEAD_DIMS = (64, 128)
 MAX_GROUP = 32
 MAX_QUERIES = 8
 MIN_PAGE_SIZE = 16
+# enum class CacheFormat in csrc/flash_decode.h; any other dtype is that of q
+CACHE_FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}
 # p * v_scale times this stays among fp16's normal numbers for smaller p; times the largest |v| of
 # fp16, 65504, over 127 it stays finite.
 P_RANGE = 64.0
@@ -375,6 +385,45 @@ def launch_flash_decode(
     return out, lse
 
 
+def flash_decode_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    variant: str = "",
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel, which checks lengths and page ids itself. `variant`: its inner loops, of
+    build_info()["flash_decode_variants"]; the best by default."""
+    rows = q if q.dim() == 4 else q.unsqueeze(1)  # [B, Q, H, D]
+    rows = rows if rows.stride(3) == 1 else rows.contiguous()
+    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    seq_lens = seq_lens.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32)
+    extension().flash_decode_cpu(
+        *map(buffer, (out, lse, rows, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale)),
+        DTYPE_CODES[q.dtype],
+        CACHE_FORMATS.get(k_cache.dtype, 0),
+        scale,
+        [*rows.shape, *k_cache.shape[:3], block_table.shape[1]],
+        [
+            *rows.stride()[:3],
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            *((0, 0) if k_scale is None else k_scale.stride()[:2]),
+            *((0, 0) if v_scale is None else v_scale.stride()[:2]),
+            block_table.stride(0),
+        ],
+        torch.get_num_threads(),
+        variant,
+    )
+    return out, lse
+
+
 def check_flash_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -495,6 +544,7 @@ _flash_decode = register_op(
     check_values=check_flash_decode_values,
     reference=flash_decode_reference,
     launch=launch_flash_decode,
+    cpu=flash_decode_cpu if HAS_EXTENSION else None,
     fake=fake_flash_decode,
 )
 

@@ -16,13 +16,14 @@ def test_build_info():
     info = build_info()
     assert set(info) == {
         *("compiler", "sanitize", "cuda", "cuda_architectures"),
-        *("cpu_features", "cpu_variants", "simd_variants"),
+        *("cpu_features", "cpu_variants", "flash_decode_variants", "simd_variants"),
     }
     assert re.match(r"\w+ \d+", info["compiler"])
     assert info["cuda"] is None or re.match(r"\d+\.\d+", info["cuda"])
     assert bool(info["cuda"]) == bool(info["cuda_architectures"])
     assert info["cpu_variants"][-1] == "portable"
     assert ("avx2" in info["cpu_variants"]) == ("avx2" in info["cpu_features"])
+    assert info["flash_decode_variants"][-1] == "portable"
     assert info["simd_variants"][-1] == "portable"
     assert ("avx512" in info["simd_variants"]) == ("avx512bw" in info["cpu_features"])
 

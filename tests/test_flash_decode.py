@@ -9,10 +9,17 @@ from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
 from torch import Tensor
 
 import glm4_kernels as gk
-from glm4_kernels.flash_decode import flash_decode_reference, launch_flash_decode
+from glm4_kernels.extension import buffer, build_info, extension
+from glm4_kernels.flash_decode import (
+    flash_decode_cpu,
+    flash_decode_reference,
+    launch_flash_decode,
+)
 from glm4_kernels.library import raise_device_errors
 
 GARBAGE_PAGE = 2**31 - 1
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # compiled kernels: bf16 runs anywhere
+VARIANTS = build_info()["flash_decode_variants"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -121,6 +128,7 @@ def assert_right(actual, p: Problem, truth=None) -> None:
     assert_within_rule(lse.cpu()[seen], reference_lse.cpu()[seen], true_lse[seen])
 
 
+CACHE_DTYPES = (None, torch.int8, torch.float8_e4m3fn)
 HEADS = [
     (2, 2),  # no grouping: one row of 16
     (6, 2),  # group 3
@@ -142,16 +150,15 @@ def test_matches_reference(heads, head_dim, dtype, device):
     assert_right(launch_flash_decode(*p.args, n_splits=1), p)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [None, 4])
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 def test_reference_matches_fp64(cache_dtype, queries, dtype):
     p = problem(
         [2, 100, 0], "cpu", heads=(6, 2), queries=queries, dtype=dtype, cache_dtype=cache_dtype
     )
     truth, true_lse = oracle(p)
-    out, lse = gk.flash_decode(*p.args, return_lse=True)
-    assert_bitwise_equal(out, gk.flash_decode(*p.args))
+    out, lse = flash_decode_reference(*p.args)
     # One rounding to the dtype, and fp32 sums over 100 keys and 64 dims before it.
     allowed = torch.finfo(dtype).eps / 2 + 100 * torch.finfo(torch.float32).eps
     assert ((out - truth).abs() <= allowed * truth.abs().amax(-1, keepdim=True)).all()
@@ -243,10 +250,44 @@ def test_int8_cache(queries, dtype, device):
     assert_right(launch_flash_decode(*p.args), p)
 
 
-def test_small_probabilities_survive_small_scales(device):
+def in_double(p: Problem) -> tuple[Tensor, Tensor]:
+    """The reference in fp64, which test_reference_matches_fp64 ties to the slow oracle."""
+    double = {
+        name: x.double() for name, x in vars(p).items() if name in ("q", "k_cache", "v_cache")
+    }
+    out, lse = flash_decode_reference(*replace(p, **double).args)
+    return out.cpu(), lse.cpu()
+
+
+def assert_cpu_right(p: Problem, variant: str) -> None:
+    actual, truth = flash_decode_cpu(*p.args, variant=variant), in_double(p)
+    lse_allowed = rounding_of_q(p) if variant == "avx512_bf16" else 0.0
+    if lse_allowed == 0.0:
+        return assert_right(actual, p, truth)
+    (out, lse), (true_out, true_lse) = actual, truth
+    assert_within_rule(out, flash_decode_reference(*p.args)[0], true_out)
+    unseen = true_lse == -math.inf
+    assert (lse[unseen] == -math.inf).all()
+    error = (lse - true_lse)[~unseen].abs()
+    assert (error <= lse_allowed + 4e-7 * true_lse[~unseen].abs()).all()
+
+
+def rounding_of_q(p: Problem) -> float:
+    """The largest error of a score where q is rounded to 16-bit integers: values below a 128th of
+    their row's largest err by half a step, 2^-15 of that largest."""
+    if p.q.dtype != torch.bfloat16 or p.k_cache.dtype != torch.int8:
+        return 0.0
+    q = p.q.double().abs()
+    largest = q.amax(-1)
+    n_rounded = ((q > 0) & (q < largest.unsqueeze(-1) / 128)).sum(-1)
+    k = 127 * p.k_scale.double().nan_to_num(0).max()
+    return float((n_rounded * largest).max() * 2**-15 * k * p.scale)
+
+
+def one_key_takes_all(device, dtype=torch.float16) -> Problem:
     """One key takes nearly all the mass and has v = 0, so out is the rest: 199 keys of p = 2e-3
     and v_scale = 1e-3, whose products are subnormal in fp16."""
-    p = problem([200], device, heads=(2, 2), cache_dtype=torch.int8)
+    p = problem([200], device, heads=(2, 2), cache_dtype=torch.int8, dtype=dtype)
     p.q.copy_(torch.full_like(p.q, 0.125))
     p.k_cache.fill_(0)
     p.k_scale.fill_(1.0)
@@ -254,7 +295,11 @@ def test_small_probabilities_survive_small_scales(device):
     page = p.block_table[0, 0]
     p.k_cache[page, :, 5] = 1
     p.v_cache[page, :, 5] = 0
-    p = replace(p, scale=math.log(500) / 8)
+    return replace(p, scale=math.log(500) / 8)
+
+
+def test_small_probabilities_survive_small_scales(device):
+    p = one_key_takes_all(device)
     assert_right(launch_flash_decode(*p.args), p)
 
 
@@ -321,6 +366,198 @@ def test_bad_indices_are_left_out_and_reported(device):
     raise_device_errors(device)  # the flag was cleared
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_cpu_matches_reference(heads, dtype, cache_dtype, variant):
+    for head_dim in (64, 128):
+        p = problem(
+            [65, 0, 130],
+            "cpu",
+            heads=heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+        )
+        assert_cpu_right(p, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_causal_queries(dtype, cache_dtype, variant):
+    for queries, heads in QUERIES:
+        # 2: fewer keys than queries. 66: some rows see into the second page. 257: only the last row
+        # sees the second split.
+        p = problem(
+            [2, 66, 0, 257],
+            "cpu",
+            heads=heads,
+            queries=queries,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+        )
+        assert_cpu_right(p, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("page_size", [16, 32, 128, 256])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+def test_cpu_page_sizes(cache_dtype, page_size, variant):
+    lengths = [1, 15, 16, 17, 31, 33, 63, 64, page_size + 1, 2 * page_size, 255, 256, 300]
+    p = problem(
+        lengths,
+        "cpu",
+        heads=(6, 2),
+        page_size=page_size,
+        dtype=torch.bfloat16,
+        cache_dtype=cache_dtype,
+    )
+    assert_cpu_right(p, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_long_context(dtype, cache_dtype, variant):
+    """Splits of 256 keys up to 16384, of twice that beyond; the last one holds one key."""
+    for heads, length in (((16, 1), 3 * 256 + 1), ((2, 1), 33 * 512 + 1)):
+        p = problem(
+            [length, 5], "cpu", heads=heads, head_dim=128, dtype=dtype, cache_dtype=cache_dtype
+        )
+        assert_cpu_right(p, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_sharp_and_growing_scores(dtype, cache_dtype, variant):
+    """Scores of deviation 7, and rising by 60 over the keys: the largest so far keeps changing, and
+    in most tiles one key has nearly all the weight."""
+    p = problem([300], "cpu", heads=(16, 1), head_dim=128, dtype=dtype, cache_dtype=cache_dtype)
+    p = replace(p, scale=10 * p.scale)
+    assert_close(p, variant)
+    page_size = p.k_cache.shape[2]
+    for t in range(300):
+        page, token = p.block_table[0, t // page_size], t % page_size
+        p.k_cache[page, 0, token] = 0
+        p.k_cache[page, 0, token, 5] = 1
+        if p.k_scale is not None:
+            p.k_scale[page, 0, token] = t / 300
+        else:
+            p.k_cache[page, 0, token, 5] = t / 300
+    p.q[0, :, 5] = 60.0
+    assert_close(replace(p, scale=1.0), variant)
+
+
+def assert_close(p: Problem, variant: str) -> None:
+    """Where scores are large, the error of p is that of the scores, eps * |s| of fp32."""
+    (out, lse), (true_out, true_lse) = flash_decode_cpu(*p.args, variant=variant), in_double(p)
+    largest = 1 + p.scale * p.q.double().norm(dim=-1).max() * 20
+    allowed = torch.finfo(p.q.dtype).eps + 4 * largest * torch.finfo(torch.float32).eps
+    assert ((out - true_out).abs() <= allowed * true_out.abs().amax(-1, keepdim=True)).all()
+    torch.testing.assert_close(lse, true_lse.float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_small_probabilities_survive_small_scales(dtype, variant):
+    p = one_key_takes_all("cpu", dtype)
+    assert_cpu_right(p, variant)
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+def test_cpu_threads_change_no_bit(cache_dtype):
+    p = problem(
+        [5000, 0, 700],
+        "cpu",
+        heads=(32, 2),
+        queries=2,
+        dtype=torch.bfloat16,
+        cache_dtype=cache_dtype,
+    )
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(gk.flash_decode(*p.args, return_lse=True))
+    finally:
+        torch.set_num_threads(before)
+    for out, lse in results[1:]:
+        assert_bitwise_equal(out, results[0][0])
+        assert_bitwise_equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_not_finite_stays_not_finite(dtype, variant):
+    p = problem([70], "cpu", heads=(2, 2), dtype=dtype)
+    p.q[0, 0, 3] = math.nan
+    page = p.block_table[0, 1]
+    p.v_cache[page, 1, 2, 7] = math.inf
+    out, _ = flash_decode_cpu(*p.args, variant=variant)
+    assert out[0, 0].isnan().all()
+    assert not out[0, 1, 7].isfinite() and out[0, 1, :7].isfinite().all()
+
+
+def test_cpu_sees_every_float8():
+    """k = 0 and one key: out is v. Every finite number, subnormals too, and NaN."""
+    values = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn)
+    for variant in VARIANTS:
+        v = values.view(4, 1, 1, 64).expand(4, 1, 16, 64).contiguous()
+        ones = torch.ones(4, 1, 16)
+        table, lengths = torch.arange(4).int().view(4, 1), torch.ones(4).int()
+        out, _ = flash_decode_cpu(
+            torch.ones(4, 1, 64),
+            torch.zeros_like(v),
+            v,
+            table,
+            lengths,
+            1.0,
+            ones,
+            ones,
+            variant=variant,
+        )
+        torch.testing.assert_close(out.flatten(), values.float(), rtol=3e-7, atol=0, equal_nan=True)
+
+
+def test_cpu_rejects_short_buffers():
+    p = problem([5], "cpu", heads=(2, 2), cache_dtype=torch.int8)
+    out, lse = torch.empty_like(p.q), torch.empty(1, 2)
+    tensors = [out, lse, p.q, p.k_cache, p.v_cache, p.block_table, p.seq_lens, p.k_scale, p.v_scale]
+    spans = [buffer(t) for t in tensors]
+    sizes = [1, 1, 2, 64, *p.k_cache.shape[:3], p.block_table.shape[1]]
+    strides = [128, 128, 64, *p.k_cache.stride()[:3], *p.v_cache.stride()[:3]]
+    strides += [*p.k_scale.stride()[:2], *p.v_scale.stride()[:2], p.block_table.shape[1]]
+
+    def call(spans=spans, sizes=sizes, strides=strides, dtype=2, cache_format=1, variant=""):
+        extension().flash_decode_cpu(*spans, dtype, cache_format, 0.125, sizes, strides, 1, variant)
+
+    call()
+    for i, (address, size) in enumerate(spans):
+        with pytest.raises(ValueError, match="must have more than"):
+            call([*spans[:i], (address, size - 1), *spans[i + 1 :]])
+        with pytest.raises(ValueError, match="no memory"):
+            call([*spans[:i], (0, size), *spans[i + 1 :]])
+        if tensors[i].element_size() > 1:
+            with pytest.raises(ValueError, match="not aligned"):
+                call([*spans[:i], (address + 1, size), *spans[i + 1 :]])
+    for i in range(len(strides)):
+        for wrong in (-1, 2**62, 2**40):
+            if wrong > 0 and i in (0, 1, 13):  # of one sequence, one query: never used
+                continue
+            with pytest.raises(ValueError, match=r"stride|must have"):
+                call(strides=[*strides[:i], wrong, *strides[i + 1 :]])
+    for i, wrong in enumerate((2**31, 9, 3, 96, 2**31, 0, 48, 2**30)):
+        with pytest.raises(ValueError, match=r"^flash_decode"):
+            call(sizes=[*sizes[:i], wrong, *sizes[i + 1 :]])
+    for wrong in ({"dtype": 3}, {"cache_format": -1}, {"variant": "mmx"}, {"sizes": sizes[:7]}):
+        with pytest.raises(ValueError, match=r"^flash_decode"):
+            call(**wrong)
+
+
 @needs_gpu
 def test_one_graph_serves_every_length(device):
     p = problem([200, 65, 3], device, dtype=torch.bfloat16)
@@ -339,11 +576,7 @@ def test_one_graph_serves_every_length(device):
 def test_long_context(cache_dtype, device):
     length = 128 * 1024 + 17
     p = problem([length, 5], device, dtype=torch.bfloat16, cache_dtype=cache_dtype, head_dim=128)
-    double = {
-        name: x.double() for name, x in vars(p).items() if name in ("q", "k_cache", "v_cache")
-    }
-    truth = flash_decode_reference(*replace(p, **double).args)
-    assert_right(launch_flash_decode(*p.args), p, tuple(x.cpu() for x in truth))
+    assert_right(launch_flash_decode(*p.args), p, in_double(p))
 
 
 @needs_gpu
