@@ -137,8 +137,8 @@ struct Lanes {
 
     // A block of 64 bytes of both tiles: a quad of columns in int8, two in int4.
 #define GLM4_LOAD(block)                                                                           \
-    "prefetcht0 1024+64*" #block "(%[w0])\n"                                                       \
-    "prefetcht0 1024+64*" #block "(%[w1])\n"                                                       \
+    "prefetcht0 4096+64*" #block "(%[w0])\n"                                                       \
+    "prefetcht0 4096+64*" #block "(%[w1])\n"                                                       \
     "vmovdqu64 64*" #block "(%[w0]), %%zmm24\n"                                                    \
     "vmovdqu64 64*" #block "(%[w1]), %%zmm25\n"
 #define GLM4_BLOCK8(block, rows) GLM4_LOAD(block) GLM4_ROWS##rows(block, rows, zmm24, zmm25)
@@ -337,7 +337,7 @@ struct Lanes {
         }
     }
 
-    static constexpr int PREFETCH_BYTES = 1024;
+    static constexpr int PREFETCH_BYTES = 4096;
 };
 
 }  // namespace

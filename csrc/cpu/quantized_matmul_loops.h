@@ -281,7 +281,7 @@ static void multiply_panel(const QuantizedMatmul& problem, const Activations& a,
     constexpr int64_t LINES = NT * TILE_ROWS * 32 * BITS / 8 / 64;  // of 32 columns of a panel
     const int64_t n_runs = last - first + 1;
     Prefetch prefetch{w.packed + (part.tile + NT) * w.k * (TILE_ROWS * BITS / 8),
-                      (LINES + n_runs - 1) / n_runs};
+                      n_runs == 1 ? 1 : (LINES + n_runs - 1) / n_runs};
     for (int64_t k = 0; k < w.k; k += k_step) {
         const int64_t k1 = smaller(k + k_step, w.k);
         if (GROUPED && again && NT == 2) load_factors<NT>(w, part.tile, k, k1, factors);
