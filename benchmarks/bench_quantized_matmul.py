@@ -52,6 +52,7 @@ def case(matrix: str, bits: int, n_tokens: int, device: torch.device) -> Case:
         },
         oracle=lambda x, w: x.double() @ w.dequantize(torch.float64).t(),
         tolerance=TOLERANCE,
+        integer=device.type == "cpu",
     )
 
 

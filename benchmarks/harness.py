@@ -47,6 +47,7 @@ class Case:
     contenders: dict[str, Callable[..., Any]]  # name -> f(*inputs); the first is ours
     oracle: Callable[..., Any]  # f(*inputs) in fp64; its first output is the truth
     tolerance: float  # largest relative L2 error admitted, for the dtype used
+    integer: bool = False  # its products may run on the CPU's 8-bit dot products
 
 
 def torch_peers(
@@ -273,7 +274,12 @@ def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | str:
 
 
 def memory_bound(case: Case, ceilings: Ceilings, device: torch.device) -> bool:
-    return case.bytes_moved / ceilings.bandwidth(device) >= case.flops / ceilings.matmul
+    return case.bytes_moved / ceilings.bandwidth(device) >= case.flops / peak(case, ceilings)
+
+
+def peak(case: Case, ceilings: Ceilings) -> float:
+    """Operations per second that `case` could reach."""
+    return ceilings.int8 if case.integer and ceilings.int8 else ceilings.matmul
 
 
 def judge(
@@ -282,8 +288,9 @@ def judge(
     """Microseconds, rates and the share of the floor: max(bytes / bandwidth, flops / matmul), the
     bandwidth being the one sampled beside the turn where there is one."""
     times = [took for took, _ in samples]
+    operations = case.flops / peak(case, ceilings)
     floors = [
-        max(case.bytes_moved / (beside or ceilings.bandwidth(device)), case.flops / ceilings.matmul)
+        max(case.bytes_moved / (beside or ceilings.bandwidth(device)), operations)
         for _, beside in samples
     ]
     middle = statistics.median(times)
