@@ -206,7 +206,8 @@ def quantize(args: argparse.Namespace) -> None:
         args.rope_theta,
     )
     size = sum(path.stat().st_size for path in target.iterdir())
-    print(f"glm4: wrote {target}, {size / 1e9:.2f} GB", file=sys.stderr)
+    gigabytes = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+    print(f"glm4: wrote {target}, {gigabytes}", file=sys.stderr)
 
 
 def _speed(n_tokens: int, seconds: float) -> str:
