@@ -167,10 +167,15 @@ struct Lanes256 {
         }
     }
 
-    // dot32 for processors with vpdpbusd, given as `dpbusd`.
-    template <int BITS, int MT, int NT, typename Dpbusd>
-    static void vnni_dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x,
-                           const Dpbusd& dpbusd) {
+    static constexpr int PREFETCH_BYTES = 2048;
+};
+
+// For processors with vpdpbusd, whose intrinsic is `dpbusd`: it has one encoding in AVX-VNNI and
+// another in AVX-512.
+template <__m256i (*dpbusd)(__m256i sum, __m256i u, __m256i four)>
+struct VnniLanes : Lanes256 {
+    template <int BITS, int MT, int NT>
+    static void dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x) {
         constexpr int QUADS = 8 / BITS;
 #pragma GCC unroll 8
         for (int block = 0; block < 8 / QUADS; ++block) {
@@ -192,8 +197,6 @@ struct Lanes256 {
             }
         }
     }
-
-    static constexpr int PREFETCH_BYTES = 2048;
 };
 
 }  // namespace

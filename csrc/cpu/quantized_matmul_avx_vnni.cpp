@@ -5,14 +5,11 @@
 namespace glm4 {
 namespace {
 
-struct Lanes : Lanes256 {
-    template <int BITS, int MT, int NT>
-    static void dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x) {
-        vnni_dot32<BITS>(acc, w, x, [](__m256i sum, __m256i u, __m256i four) {
-            return _mm256_dpbusd_avx_epi32(sum, u, four);
-        });
-    }
-};
+__m256i dpbusd(__m256i sum, __m256i u, __m256i four) {
+    return _mm256_dpbusd_avx_epi32(sum, u, four);
+}
+
+using Lanes = VnniLanes<dpbusd>;
 
 }  // namespace
 }  // namespace glm4
