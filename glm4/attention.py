@@ -23,7 +23,7 @@ from torch import Tensor
 
 import glm4_kernels as gk
 from glm4.cache import PAGE_SIZE, Step
-from glm4_kernels.extension import HAS_EXTENSION, extension
+from glm4_kernels.extension import HAS_EXTENSION
 from glm4_kernels.flash_decode import MAX_QUERIES
 
 # Tokens of prefix that are gathered at a time: 2 * 8192 * G * D values.
@@ -31,7 +31,6 @@ SEGMENT = 128 * PAGE_SIZE
 # Blocks of rows times keys that one call of the decode kernel takes on a CPU: its partial results
 # are then at most 17 MB for GLM-4-9B.
 BLOCKS_TIMES_KEYS = 1 << 15
-HAS_KERNEL = HAS_EXTENSION and hasattr(extension(), "flash_decode_cpu")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def prefill_attention(
     for chunk in chunks:
         if chunk.start == chunk.stop:
             continue
-        if q.device.type == "cpu" and HAS_KERNEL:
+        if q.device.type == "cpu" and HAS_EXTENSION:
             y[chunk.rows] = decode_attention(q[chunk.rows], k_cache, v_cache, chunk, scale)
             continue
         q_chunk = q[chunk.rows].transpose(0, 1)[None]  # [1, H, Q, D]

@@ -174,9 +174,9 @@ def test_decode_is_prefill(model):
 @pytest.mark.parametrize("at_once", [1 << 15, 400], ids=["together", "two_blocks_at_once"])
 def test_prefill_in_parts_rounds_once(device, monkeypatch, has_kernel, at_once):
     """In bf16 the parts and their merge are as good as the library's attention over the whole."""
-    if has_kernel and not glm4.attention.HAS_KERNEL:
+    if has_kernel and not glm4.attention.HAS_EXTENSION:
         pytest.skip("the extension was not built, or without flash_decode")
-    monkeypatch.setattr(glm4.attention, "HAS_KERNEL", has_kernel)
+    monkeypatch.setattr(glm4.attention, "HAS_EXTENSION", has_kernel)
     monkeypatch.setattr(glm4.attention, "BLOCKS_TIMES_KEYS", at_once)
     k_cache, v_cache = torch.randn(2, 4, 2, PAGE_SIZE, 64, device=device).bfloat16()
     q = torch.randn(100, 6, 64, device=device).bfloat16()

@@ -43,6 +43,9 @@ CASES = [
 ]
 
 
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU kernel's threads")
+
+
 def problem(case, dtype, device):
     """The op's arguments but the last two; every row of x at its own magnitude."""
     m, n, k, bits, group_size, symmetric = case
@@ -139,6 +142,18 @@ def test_order(mode, device):
     assert_bitwise_equal(
         y, gk.quantized_matmul(x[:, order.to(device)], plain.to(device), activations=mode)
     )
+
+
+@on_cpu
+@pytest.mark.parametrize("mode, k", [("float", 140_032), ("int8", 600_032)])
+def test_rows_longer_than_a_block_of_them(mode, k):
+    """One row of x is more than the kernel keeps in L2; seven are two runs of four and three."""
+    qweight = gk.quantize(torch.randn(16, 1).expand(16, k), 8, 32, method="nearest")
+    x = torch.randn(7, k)
+    truth = x.double() @ qweight.dequantize(torch.float64).t()
+    y = gk.quantized_matmul(x, qweight, activations=mode)
+    error = (y - truth).norm() / truth.norm()
+    assert error < (1e-5 if mode == "float" else 0.02)
 
 
 def identity(n, bits=8, scale=1.0):
@@ -246,9 +261,6 @@ def test_edges(mode, device):
         torch.zeros_like(x), *weight, None, *form, mode == "int8", False
     )
     assert (zeros == 0).all()
-
-
-on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU kernel's threads")
 
 
 @on_cpu

@@ -21,8 +21,10 @@ constexpr int64_t PRODUCTS_PER_THREAD = int64_t(1) << 18;
 // few rows of x, each a stream of memory long enough for the prefetchers.
 constexpr int64_t BLOCKS_PER_THREAD = 16;
 constexpr int64_t MIN_BLOCK_BYTES = 64 << 10;
-// Rows of x are taken in blocks of about so many bytes, which stay in L2 for a block of panels.
+// Rows of x are taken in blocks of about so many bytes, which stay in L2 for a block of panels; of
+// at least so many rows, more than any variant multiplies together.
 constexpr int64_t ROW_BLOCK_BYTES = 512 << 10;
+constexpr int64_t MIN_BLOCK_ROWS = 16;
 
 static std::vector<const MultiplyVariant*> runnable_variants() {
     std::vector<const MultiplyVariant*> variants;
@@ -112,7 +114,9 @@ void quantized_matmul_cpu(const QuantizedMatmul& problem, int64_t activation_gro
     const int64_t block_tiles = panel * std::max(fewest, most);
     const int64_t n_blocks = (tiles + block_tiles - 1) / block_tiles;
     const auto multiply = rounds ? variant.multiply : variant.multiply_exact;
-    const int64_t rows = ROW_BLOCK_BYTES / (w.k * (rounds ? 1 : int64_t(sizeof(float)))) + 1;
+    const int64_t row_bytes_of_x = w.k * (rounds ? 1 : int64_t(sizeof(float)));
+    const int64_t rows = std::max(MIN_BLOCK_ROWS, ROW_BLOCK_BYTES / row_bytes_of_x);
+    // A block is at most one run of rows longer than that.
     const int64_t c_size = std::min(m, 2 * rows) * panel * TILE_ROWS;
 
     for_each_block(n_threads, n_blocks, [&](int64_t block) {

@@ -6,8 +6,6 @@
 
 namespace glm4 {
 
-constexpr int MAX_PANEL_TILES = 4;  // tiles of W that are multiplied together
-
 // x rounded to int8. Each row is cut into chunks of `chunk` columns (the last may be shorter), each
 // within one group of W. The rows that are multiplied together, R of them from row r on, are
 // interleaved, from r * K (or r * n_chunks, r * G) on.

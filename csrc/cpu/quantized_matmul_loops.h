@@ -3,7 +3,7 @@
 // and nothing of the standard library is used, so that no code of one file can end up in another.
 //
 // Lanes has
-//   Int, Float                          16 x int32, 16 x fp32; + and * on Float by add, mul
+//   Int, Float                          16 x int32, 16 x fp32; add, sub, mul, to_float
 //   load(int32*, float*), set(one)      all lanes from memory, or from one value
 //   load_as_float(data, dtype, i)       16 values of any DType
 //   store_as(data, dtype, i, x)         the reverse, for float types: float_formats.h's rounding
@@ -13,7 +13,7 @@
 //   largest(x), total(x)                across lanes
 //   dot32<BITS>(acc, w, x)              acc[n][m] += 32 columns of tile n times row m of x, from
 //                                       x [8][MT][4]
-//   unpack32<BITS>(w, out)              32 columns of a tile as floats, [32][16]
+//   unpack32<BITS>(w, z, out)           u - z of 32 columns of a tile, [32][16]
 //   BIAS<BITS>                          what dot32 takes off every u
 //   M_TILE                              rows of x that dot32 likes to take at once, at most
 //   by_hand(MT, NT)                     whether it has its own add_chunks and add_groups for those
@@ -27,7 +27,7 @@ using Int = Lanes::Int;
 using Float = Lanes::Float;
 
 // Columns of W that are read again for every M_TILE rows of x, at most: two tiles of them stay in
-// L1.
+// L2.
 constexpr int64_t PANEL_COLUMNS = 4096;
 
 // Integer sums are of q * (u - middle), exact; a zero point adds (middle - z) * total in fp32. The
