@@ -14,17 +14,18 @@ PAGE_SIZE = 64
 class Step:
     """One forward pass: T packed rows of B sequences, the rows of a sequence consecutive.
 
-    A slot is `page * PAGE_SIZE + offset`; -1 writes nothing (padding). `seq_lens` counts the
-    tokens in the cache once this pass has written its own. `query_lens` says how many rows each
-    sequence has in this pass; None is a decode step: one row each, T = B.
+    A slot is `page * PAGE_SIZE + offset`; -1 writes nothing (padding). A decode step has one row a
+    sequence, T = B, and its `seq_lens` count the tokens in the cache once it has written its own. A
+    prefill has `spans` instead: each sequence's tokens in the cache before and after the pass,
+    known to the host.
     """
 
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64
     block_table: Tensor  # [B, max_pages] int32
-    seq_lens: Tensor  # [B] int32
-    query_lens: tuple[int, ...] | None = None
+    seq_lens: Tensor | None = None  # [B] int32
+    spans: tuple[tuple[int, int], ...] | None = None
 
 
 class Cache:

@@ -2,10 +2,12 @@
 
     admit    first come, first served: a prompt starts once pages for all of its tokens are free
     prefill  short prompts together, a long one in chunks; then the first new token of each
-    decode   one token of every running sequence a step, until one of them ends
+    decode   one token of every running sequence a step; a step after each chunk, while others run
 
-Between two ends a decode step needs nothing from the host: on a GPU the next step is launched
-before the last one's tokens are read, so a stop is seen one step late and its row there is dropped.
+The host launches and the device works: on a GPU a step is launched before the tokens of the one
+before are read, so a stop is seen one step late and its row there is dropped. How many tokens a
+sequence may make is known to the host at once. What the device does it does in order of launch:
+pages of a sequence that left serve the next one, whatever is still in flight.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import accumulate
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,9 @@ import torch
 from torch import Tensor
 
 from glm4.cache import PAGE_SIZE, Step
+from glm4.decoder import Decoder, Rows, to_device
 from glm4.sampling import Sampling
-from glm4_kernels.library import bad_type, bad_value, raise_device_errors
+from glm4_kernels.library import bad_type, bad_value
 
 if TYPE_CHECKING:
     from glm4.model import Model
@@ -34,7 +37,7 @@ CACHE_SHARE = 0.9
 # Decode steps launched before the tokens of the one before are read, and tokens of a prompt that
 # one forward pass takes, by type of device. Not measured yet.
 STEPS_AHEAD = {"cpu": 0, "cuda": 1}
-PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
+PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
 
 
 def generate(
@@ -61,6 +64,7 @@ def stream(
     prefill_chunk: int | None = None,
     max_batch: int = 64,
     on_prefill: Callable[[int, int], None] | None = None,
+    on_warmup: Callable[[str, float], None] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yields (index of the prompt, token) as tokens are made.
 
@@ -79,6 +83,9 @@ def stream(
         max_batch: sequences that run at the same time; the others wait.
         on_prefill: called with (tokens done, tokens of this prompt) before each chunk and at the
             prompt's end.
+        on_warmup: on a GPU called with (what, seconds) after the first pass over a prompt and, for
+            each batch size, after the first decode step and the capture of its CUDA graph:
+            seconds of the host, which compiles and loads then.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or a prompt with its new tokens fits neither
@@ -113,8 +120,8 @@ def stream(
         waiting.append((index, ids))
     lengths = [len(ids) for _, ids in waiting]
     n_pages = _plan_pages(model, lengths, max_new_tokens, n_pages, max_batch)
-    engine = _Engine(model, sampling, stops, max_new_tokens, prefill_chunk, on_prefill)
-    return engine.run(deque(waiting), n_pages, max_batch)
+    engine = _Engine(model, sampling, stops, max_new_tokens, prefill_chunk, on_prefill, on_warmup)
+    return engine.run(deque(waiting), n_pages, min(max_batch, len(waiting)))
 
 
 def _token_ids(name: str, ids: object, vocab_size: int) -> Tensor:
@@ -191,33 +198,15 @@ def free_bytes(device: torch.device) -> int:
     return max(free, 0)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sequence:
-    """What the host knows of a running sequence."""
+    """What the host knows of a sequence that has started."""
 
     index: int  # of its prompt
+    prompt: Tensor  # on the CPU
     pages: list[int]
-    remaining: int  # tokens that it may still make
-
-
-@dataclass
-class _Rows:
-    """What the device knows of B running sequences: the first dimension of each tensor."""
-
-    tokens: Tensor  # [B] int64, chosen last and not yet in the cache
-    positions: Tensor  # [B] int64, of `tokens`
-    n_new: Tensor  # [B] int64, tokens made so far
-    block_table: Tensor  # [B, max_pages] int32
-    uniforms: Tensor  # [B, max_new_tokens] float64, or [B, 0]
-    seen: Tensor  # [B, vocab] bool, or [B, 0]
-
-    def joined(self, other: _Rows) -> _Rows:
-        names = [field.name for field in fields(self)]
-        return _Rows(*(torch.cat((getattr(self, n), getattr(other, n))) for n in names))
-
-    def kept(self, rows: list[int]) -> _Rows:
-        index = torch.tensor(rows, dtype=torch.int64, device=self.tokens.device)
-        return _Rows(*(getattr(self, field.name)[index] for field in fields(self)))
+    to_launch: int  # tokens that it may still make
+    ended: bool = False  # its last token has been read
 
 
 @dataclass
@@ -230,165 +219,161 @@ class _Engine:
     max_new_tokens: int
     prefill_chunk: int
     on_prefill: Callable[[int, int], None] | None
+    on_warmup: Callable[[str, float], None] | None
+    free: list[int] = field(default_factory=list)  # pages
+    running: list[_Sequence] = field(default_factory=list)  # in the order of the decoder's rows
+    # Sequences whose tokens have been launched together, and what waits for those.
+    in_flight: deque[tuple[list[_Sequence], Callable[[], list[int]]]] = field(default_factory=deque)
 
     @torch.inference_mode()
     def run(
-        self, waiting: deque[tuple[int, Tensor]], n_pages: int, max_batch: int
+        self, waiting: deque[tuple[int, Tensor]], n_pages: int, capacity: int
     ) -> Iterator[tuple[int, int]]:
         if not waiting:
             return
+        self.free = list(range(n_pages))
         self.cache = self.model.new_cache(n_pages)
-        needs = [_pages_for(len(prompt), self.max_new_tokens) for _, prompt in waiting]
-        free = list(range(n_pages))
-        running: list[_Sequence] = []
-        rows: _Rows | None = None
-
-        while waiting or running:
-            starting: list[tuple[_Sequence, Tensor]] = []
-            while (
-                waiting
-                and len(running) + len(starting) < max_batch
-                and needs[waiting[0][0]] <= len(free)
-            ):
-                index, prompt = waiting.popleft()
-                pages = [free.pop() for _ in range(needs[index])]
-                starting.append((_Sequence(index, pages, self.max_new_tokens), prompt))
+        self.max_pages = max(_pages_for(len(p), self.max_new_tokens) for _, p in waiting)
+        self.decoder = Decoder(
+            self.model,
+            self.cache,
+            self.sampling,
+            capacity,
+            self.max_pages,
+            self.max_new_tokens,
+            self.on_warmup,
+        )
+        while waiting or self.running or self.in_flight:
+            self.retire()
+            starting = self.admitted(waiting, capacity)
+            others_run = bool(self.running)
+            started: list[tuple[_Sequence, Rows, int]] = []
             for group in _packed(starting, self.prefill_chunk):
-                new = self.new_rows(group, max(needs))
-                tokens = self.choose(new, self.prefill(new, [prompt for _, prompt in group]))
-                sequences = [sequence for sequence, _ in group]
-                first_tokens = tokens.tolist()
-                raise_device_errors(self.model.device)
-                running += sequences
-                rows = new if rows is None else rows.joined(new)
-                for sequence, token in zip(sequences, first_tokens, strict=True):
-                    yield self.take(sequence, token)
+                rows = self.new_rows(group)
+                for logits in self.prefill(group, rows):
+                    if logits is None:
+                        yield from self.decode() if others_run else ()
+                        continue
+                    for sequence in group:
+                        sequence.to_launch -= 1
+                    chosen = rows.advance(self.sampling, logits)
+                    self.in_flight.append((group, self.decoder.tokens_later(chosen)))
+                    yield from self.collect()
+                started += [(sequence, rows, row) for row, sequence in enumerate(group)]
+            for sequence, rows, row in started:
+                self.decoder.join(len(self.running), rows, row)
+                self.running.append(sequence)
+            yield from self.decode()
 
-            assert rows is not None
-            yield from self.decode(rows, running)
-            raise_device_errors(self.model.device)
-            free += [page for s in running if not s.remaining for page in s.pages]
-            rows = rows.kept([i for i, s in enumerate(running) if s.remaining])
-            running = [s for s in running if s.remaining]
+    def admitted(self, waiting: deque[tuple[int, Tensor]], capacity: int) -> list[_Sequence]:
+        """The prompts that start now, with their pages."""
+        starting: list[_Sequence] = []
+        while waiting and len(self.running) + len(starting) < capacity:
+            index, prompt = waiting[0]
+            need = _pages_for(len(prompt), self.max_new_tokens)
+            if need > len(self.free):
+                break
+            waiting.popleft()
+            pages = [self.free.pop() for _ in range(need)]
+            starting.append(_Sequence(index, prompt, pages, self.max_new_tokens))
+        return starting
 
-    def new_rows(self, group: list[tuple[_Sequence, Tensor]], n_pages: int) -> _Rows:
+    def retire(self) -> None:
+        """Takes sequences that make no more tokens out of their rows, and frees their pages."""
+        for row in reversed(range(len(self.running))):
+            sequence = self.running[row]
+            if sequence.ended or not sequence.to_launch:
+                self.decoder.leave(row, len(self.running) - 1)
+                self.running[row] = self.running[-1]
+                self.running.pop()
+                self.free += sequence.pages
+
+    def new_rows(self, group: list[_Sequence]) -> Rows:
         """Prompts before their prefill: the last token of each is its current one."""
         device, options = self.model.device, self.sampling
-        prompts = [prompt.to(device) for _, prompt in group]
-        tables = [s.pages + [-1] * (n_pages - len(s.pages)) for s, _ in group]
-        uniforms = [options.uniforms(s.index, self.max_new_tokens, device) for s, _ in group]
-        return _Rows(
-            tokens=torch.stack([prompt[-1] for prompt in prompts]),
-            positions=torch.tensor([len(prompt) - 1 for prompt in prompts], device=device),
-            n_new=torch.zeros(len(group), dtype=torch.int64, device=device),
-            block_table=torch.tensor(tables, dtype=torch.int32, device=device),
-            uniforms=torch.cat(uniforms),
-            seen=torch.cat([options.seen(p, self.model.config.vocab) for p in prompts]),
+        prompts = [sequence.prompt for sequence in group]
+        tables = [s.pages + [-1] * (self.max_pages - len(s.pages)) for s in group]
+        uniforms = [options.uniforms(s.index, self.max_new_tokens) for s in group]
+        seen = [options.seen(prompt, self.model.config.vocab) for prompt in prompts]
+        columns = (
+            torch.stack([prompt[-1] for prompt in prompts]),
+            torch.tensor([len(prompt) - 1 for prompt in prompts]),
+            torch.zeros(len(group), dtype=torch.int64),
+            torch.tensor(tables, dtype=torch.int32),
+            torch.cat(uniforms),
+            torch.cat(seen),
         )
+        return Rows(*(to_device(column, device) for column in columns))
 
-    def prefill(self, rows: _Rows, prompts: list[Tensor]) -> Tensor:
-        """Writes prompts into the cache, several in one pass or one in several; the logits that
-        follow each, [B, vocab]."""
+    def prefill(self, group: list[_Sequence], rows: Rows) -> Iterator[Tensor | None]:
+        """Writes prompts into the cache, several in one pass or one in several. Yields None after
+        each pass but the last, then the logits that follow each prompt, [B, vocab]."""
         report = self.on_prefill or (lambda done, total: None)
-        device = self.model.device
-        tokens = torch.cat(prompts).to(device)
-        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
-        for start in range(0, len(tokens), self.prefill_chunk):
-            for prompt in prompts:
-                report(start, len(prompt))
-            part = slice(start, start + self.prefill_chunk)
-            lengths = tuple(map(len, prompts if len(prompts) > 1 else [tokens[part]]))
-            hidden = self.forward(rows, tokens[part], positions[part], lengths)
-        for prompt in prompts:
-            report(len(prompt), len(prompt))
-        return self.model.head(hidden[_last_rows(lengths)])
+        lengths = [len(sequence.prompt) for sequence in group]
+        packed = to_device(torch.cat([_rows_of(s) for s in group], dim=1), self.model.device)
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        for start in range(0, packed.shape[1], self.prefill_chunk):
+            for length in lengths:
+                report(start, length)
+            tokens, positions, slots = packed[:, start : start + self.prefill_chunk]
+            spans = [(0, length) for length in lengths]
+            if len(group) == 1:
+                spans = [(start, start + len(tokens))]
+            step = Step(tokens, positions, slots, rows.block_table, spans=tuple(spans))
+            forward = partial(self.model.forward, step, self.cache)
+            hidden = self.decoder.counted("first pass over a prompt", forward)
+            if start + len(tokens) < packed.shape[1]:
+                yield None
+        for length in lengths:
+            report(length, length)
+        ends -= packed.shape[1] - len(hidden)
+        yield self.model.head(hidden.index_select(0, to_device(ends, self.model.device)))
 
-    def decode(self, rows: _Rows, running: list[_Sequence]) -> Iterator[tuple[int, int]]:
-        """Steps all sequences until at least one of them has ended; on a GPU one step ahead."""
-        ahead = STEPS_AHEAD[self.model.device.type]
-        steps_left = min(sequence.remaining for sequence in running)
-        in_flight: deque[Callable[[], list[int]]] = deque()
-        while in_flight or all(sequence.remaining for sequence in running):
-            if steps_left and all(sequence.remaining for sequence in running):
-                hidden = self.forward(rows, rows.tokens, rows.positions)
-                in_flight.append(_read_later(self.choose(rows, self.model.head(hidden))))
-                steps_left -= 1
-                if steps_left and len(in_flight) <= ahead:
-                    continue
-            for sequence, token in zip(running, in_flight.popleft()(), strict=True):
-                if sequence.remaining:  # else it ended while this step was in flight
+    def decode(self) -> Iterator[tuple[int, int]]:
+        """Launches a step of the running sequences, and yields the tokens that are due."""
+        self.retire()
+        if self.running:
+            for sequence in self.running:
+                sequence.to_launch -= 1
+            self.in_flight.append((list(self.running), self.decoder.step(len(self.running))))
+            yield from self.collect()
+        else:
+            yield from self.collect(0)
+
+    def collect(self, keep: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yields the tokens of all launches but the last `keep`."""
+        if keep is None:
+            keep = STEPS_AHEAD[self.model.device.type]
+        while len(self.in_flight) > keep:
+            sequences, read = self.in_flight.popleft()
+            for sequence, token in zip(sequences, read(), strict=True):
+                if not sequence.ended:  # else it ended while this step was in flight
                     yield self.take(sequence, token)
 
-    def forward(
-        self,
-        rows: _Rows,
-        tokens: Tensor,
-        positions: Tensor,
-        query_lens: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        """`query_lens` tokens of each row, or one. [T, hidden]"""
-        row = torch.arange(len(rows.tokens), device=tokens.device)
-        last = positions
-        if query_lens is not None:
-            counts = torch.tensor(query_lens, device=tokens.device)
-            row = row.repeat_interleave(counts, output_size=len(tokens))
-            last = positions[_last_rows(query_lens)]
-        pages = rows.block_table[row, positions // PAGE_SIZE].long()
-        slots = pages * PAGE_SIZE + positions % PAGE_SIZE
-        seq_lens = (last + 1).int()
-        step = Step(tokens, positions, slots, rows.block_table, seq_lens, query_lens)
-        return self.model.forward(step, self.cache)
-
-    def choose(self, rows: _Rows, logits: Tensor) -> Tensor:
-        """Each row's next token, which becomes its current one. [B] int64, -1 on NaN."""
-        uniform = None
-        if rows.uniforms.shape[1]:
-            uniform = rows.uniforms.gather(1, rows.n_new[:, None])[:, 0]
-        chosen = self.sampling.choose(logits, uniform, rows.seen)
-        rows.tokens = chosen.clamp(min=0)  # a step may run on it before the host has seen -1
-        rows.positions = rows.positions + 1
-        rows.n_new = rows.n_new + 1
-        return chosen
-
     def take(self, sequence: _Sequence, token: int) -> tuple[int, int]:
-        """Counts a new token on the host."""
         if token < 0:
             raise FloatingPointError(
                 f"generate: the logits of prompts[{sequence.index}] became NaN or infinite; "
                 "float16 overflows in GLM-4 (use bfloat16 or float32), or the checkpoint is damaged"
             )
-        sequence.remaining = 0 if token in self.stops else sequence.remaining - 1
+        sequence.ended = token in self.stops
         return sequence.index, token
 
 
-def _packed(
-    starting: list[tuple[_Sequence, Tensor]], limit: int
-) -> Iterator[list[tuple[_Sequence, Tensor]]]:
-    """Prompts in order, in groups of at most `limit` tokens, or of one prompt."""
-    group: list[tuple[_Sequence, Tensor]] = []
-    for sequence, prompt in starting:
-        if group and sum(len(other) for _, other in group) + len(prompt) > limit:
+def _packed(starting: list[_Sequence], limit: int) -> Iterator[list[_Sequence]]:
+    """Sequences in order, in groups whose prompts have at most `limit` tokens, or of one."""
+    group: list[_Sequence] = []
+    for sequence in starting:
+        if group and sum(len(s.prompt) for s in (*group, sequence)) > limit:
             yield group
             group = []
-        group.append((sequence, prompt))
+        group.append(sequence)
     if group:
         yield group
 
 
-def _last_rows(query_lens: tuple[int, ...]) -> list[int]:
-    return [end - 1 for end in accumulate(query_lens)]
-
-
-def _read_later(tokens: Tensor) -> Callable[[], list[int]]:
-    """Starts the copy to the host; the function returned waits for it, and for nothing newer."""
-    if tokens.device.type != "cuda":
-        return tokens.tolist
-    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    host.copy_(tokens, non_blocking=True)
-    copied = torch.cuda.current_stream(tokens.device).record_event()
-
-    def read() -> list[int]:
-        copied.synchronize()
-        return host.tolist()
-
-    return read
+def _rows_of(sequence: _Sequence) -> Tensor:
+    """Of each token of a prompt its id, position and slot: [3, T] int64."""
+    positions = torch.arange(len(sequence.prompt))
+    pages = torch.tensor(sequence.pages)[positions // PAGE_SIZE]
+    return torch.stack((sequence.prompt, positions, pages * PAGE_SIZE + positions % PAGE_SIZE))

@@ -237,7 +237,7 @@ class Model:
         """
         residual = F.embedding(step.tokens, self.embedding)  # [T, hidden]
         y = gk.rms_norm(residual, self.first_norm, self.config.eps)  # [T, hidden]
-        chunks = None if step.query_lens is None else chunks_of(step)
+        chunks = None if step.spans is None else chunks_of(step)
         for block, k_cache, v_cache in zip(self.blocks, cache.k, cache.v, strict=True):
             y, residual = block.forward(y, residual, step, chunks, k_cache, v_cache)
         return y
@@ -287,8 +287,7 @@ class Model:
                 positions=positions,
                 slots=positions + first_slot.repeat_interleave(stop - start),
                 block_table=table,
-                seq_lens=torch.full_like(table[:, 0], stop),
-                query_lens=(stop - start,) * n_sequences,
+                spans=((start, stop),) * n_sequences,
             )
             rows = self.head(self.forward(step, cache))  # [B * (stop - start), vocab]
             logits[:, start:stop] = rows.view(n_sequences, stop - start, -1)
@@ -370,6 +369,7 @@ class Attention:
             qkv, step.positions, self.rope, k_cache, v_cache, step.slots, self.heads
         )  # [T, H, D]; K and V are in their pages
         if chunks is None:
+            assert step.seq_lens is not None
             y = gk.flash_decode(
                 q, k_cache, v_cache, step.block_table, step.seq_lens, self.scale
             )  # [T, H, D]

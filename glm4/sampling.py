@@ -59,13 +59,13 @@ class Sampling:
         if self.seed is not None and self.seed < 0:
             raise bad_value("generate", "seed", "at least 0 or None", self.seed)
 
-    def uniforms(self, index: int, n_tokens: int, device: torch.device) -> Tensor:
+    def uniforms(self, index: int, n_tokens: int) -> Tensor:
         """The numbers in [0, 1) that prompt `index` draws with: [1, n_tokens] float64 ([1, 0] if
         greedy)."""
         if self.temperature == 0.0:
-            return torch.empty(1, 0, dtype=torch.float64, device=device)
+            return torch.empty(1, 0, dtype=torch.float64)
         generator = numpy.random.default_rng(None if self.seed is None else self.seed + index)
-        return torch.from_numpy(generator.random((1, n_tokens))).to(device)
+        return torch.from_numpy(generator.random((1, n_tokens)))
 
     def seen(self, prompt: Tensor, vocab_size: int) -> Tensor:
         """Which tokens the penalty applies to at first: [1, vocab_size] bool ([1, 0] if none)."""
@@ -111,7 +111,7 @@ class Sampling:
         if self.top_p < 1.0:
             ascending, order = scores.sort(-1)
             dropped = ascending.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
-            dropped[:, -1] = False
+            dropped[:, -1].fill_(False)
             scores = scores.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
         return scores.softmax(-1)
 

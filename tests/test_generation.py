@@ -44,17 +44,27 @@ class PagedHash:
 
     def forward(self, step, cache):
         self.passes.append(len(step.tokens))
-        assert step.slots.min() >= 0, "writes past the pages of a sequence"
-        assert len(set(step.slots.tolist())) == len(step.slots), "two rows write the same slot"
-        cache[step.slots] = step.tokens
-        lens = step.query_lens or (1,) * len(step.tokens)
-        assert sum(lens) == len(step.tokens) and len(lens) == len(step.seq_lens)
+        spans = step.spans or [(max(n - 1, 0), n) for n in step.seq_lens.tolist()]
+        row_lens = [stop - start or 1 for start, stop in spans]
+        padded = torch.tensor([stop == 0 for _, stop in spans]).repeat_interleave(
+            torch.tensor(row_lens)
+        )
+        assert sum(row_lens) == len(step.tokens) == len(step.slots)
+        assert (step.slots[padded] == -1).all() and (step.positions[padded] == 0).all()
+        slots = step.slots[~padded]
+        assert (slots >= 0).all(), "writes past the pages of a sequence"
+        assert len(set(slots.tolist())) == len(slots), "two rows write the same slot"
+        cache[slots] = step.tokens[~padded]
         hidden, row = [], 0
-        for table, total, rows in zip(step.block_table, step.seq_lens, lens, strict=True):
-            assert step.positions[row : row + rows].tolist() == list(range(total - rows, total))
+        for table, (start, stop) in zip(step.block_table, spans, strict=True):
+            rows = stop - start
+            if stop == 0:
+                hidden, row = [*hidden, 0], row + 1
+                continue
+            assert step.positions[row : row + rows].tolist() == list(range(start, stop))
             slots = (table.long()[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
-            text = cache[slots[:total]].tolist()
-            hidden += [self.hash(text[: total - rows + i + 1]) for i in range(rows)]
+            text = cache[slots[:stop]].tolist()
+            hidden += [self.hash(text[: start + i + 1]) for i in range(rows)]
             row += rows
         return torch.tensor(hidden)[:, None]
 
@@ -121,6 +131,21 @@ def test_short_prompts_share_a_prefill(model):
     assert texts == [model.expected(prompt, 4, stops=()) for prompt in prompts]
     assert model.passes == [20 + 30, 1 + 40, 50, 50, 30, 50, 6, 6, 6]
     assert progress[:4] == [(0, 20), (0, 30), (20, 20), (30, 30)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_others_wait_for_a_chunk_at_most(model, monkeypatch, ahead):
+    """The third prompt starts when the first has ended, while the second still runs."""
+    monkeypatch.setitem(generation.STEPS_AHEAD, "cpu", ahead)
+    prompts = make_prompts([3, 4, 130])
+    texts = [model.expected(prompt, 12, stops=()) for prompt in prompts]
+    stop = next(token for token in texts[0][2:] if token not in texts[1] + texts[2])
+    options = {"stop_token_ids": [stop], "max_batch": 2, "prefill_chunk": 50}
+    texts[0] = texts[0][: texts[0].index(stop) + 1]
+    assert generate(model, prompts, 12, **options) == texts
+    before = len(texts[0]) - 1 + ahead  # steps of both; the stop is seen a step late
+    alone = 12 - 1 - before - 2  # after the third has joined, until the second has ended
+    assert model.passes == [7, *[2] * before, 50, 1, 50, 1, 30, *[2] * alone, *[1] * (11 - alone)]
 
 
 @pytest.mark.usefixtures("steps_ahead")
@@ -201,7 +226,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(model):
 @pytest.mark.usefixtures("steps_ahead")
 def test_each_token_has_its_own_number(model):
     sampling = Sampling(temperature=1.0, seed=4)
-    uniforms = sampling.uniforms(0, 20, model.device)
+    uniforms = sampling.uniforms(0, 20)
     text = list(RAGGED[0])
     for i in range(20):
         logits = model.logits(model.hash(text))[None]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 import torch
 from numerics import assert_within_rule
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import glm4
 import glm4.attention
@@ -102,7 +105,7 @@ def test_partial_attention(n_heads, n_kv_heads, n_queries, n_keys, head_dim, dty
     k, v = torch.randn(2, 1, n_kv_heads, n_keys, head_dim, device=device, dtype=dtype)
     scale, causal = head_dim**-0.5, n_queries == n_keys
     out, lse = partial_attention(q, k, v, scale, causal)
-    assert out.dtype == lse.dtype == torch.float32
+    assert out.dtype == dtype and lse.dtype == torch.float32
     expected_out, expected_lse = formula(q, k, v, scale, causal)
     # The library rounds p and out to the dtype; scores and their sum stay in fp32.
     eps = torch.finfo(dtype).eps
@@ -122,19 +125,20 @@ class Pass:
 
     def __call__(self, sequences, decode=False):
         """Logits of the next tokens of each sequence, one tensor [n, vocab] a sequence."""
-        device, positions, slots = self.model.device, [], []
+        device, positions, slots, spans = self.model.device, [], [], []
         for i, tokens in enumerate(sequences):
             own = torch.arange(self.lengths[i], self.lengths[i] + len(tokens), device=device)
             slots.append(self.table[i, own // PAGE_SIZE].long() * PAGE_SIZE + own % PAGE_SIZE)
             positions.append(own)
+            spans.append((self.lengths[i], self.lengths[i] + len(tokens)))
             self.lengths[i] += len(tokens)
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)
         step = Step(
             tokens=torch.cat(sequences).to(device),
             positions=torch.cat(positions),
             slots=torch.cat(slots),
             block_table=self.table,
-            seq_lens=torch.tensor(self.lengths, dtype=torch.int32, device=device),
-            query_lens=None if decode else tuple(len(tokens) for tokens in sequences),
+            **({"seq_lens": lengths} if decode else {"spans": tuple(spans)}),
         )
         rows = self.model.head(self.model.forward(step, self.cache))
         return rows.split([len(tokens) for tokens in sequences])
@@ -144,16 +148,69 @@ class Pass:
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
+class Names(TorchDispatchMode):
+    """The operations that run in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n_rows, n_keys", [(2048, 4096), (70, 4096)], ids=["cudnn", "flash"])
+@pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "MATH"])
+def test_partial_attention_of_a_gpu_has_these_shapes(n_rows, n_keys, backend, monkeypatch):
+    """On tensors without data: the ops that a GPU runs, with fewer KV heads than heads."""
+    monkeypatch.setattr(
+        torch, "_fused_sdp_choice", lambda *_, **__: getattr(SDPBackend, backend).value
+    )
+    dtype = torch.float32 if backend == "MATH" else torch.bfloat16
+    q = torch.empty(n_rows, 32, 128, device="meta", dtype=dtype).transpose(0, 1)[None]
+    kv = torch.empty(1, 2, n_keys + 3, 128, device="meta", dtype=dtype)[:, :, 3:]
+    with Names() as names:
+        out, lse = partial_attention(q, kv, kv, 0.1, causal=False)
+    assert out.shape == (n_rows, 32, 128) and out.dtype == dtype
+    assert lse.shape == (n_rows, 32) and lse.dtype == torch.float32
+    names = {name.removeprefix("aten::_scaled_dot_product_") for name in names.seen}
+    expanded = any("repeat_interleave" in name or "expand" in name for name in names)
+    if backend == "MATH":
+        assert "efficient_attention" in names and expanded
+    else:
+        by_cudnn = backend == "CUDNN_ATTENTION" and n_rows == 2048
+        assert ("cudnn_attention" if by_cudnn else "flash_attention") in names and not expanded
+
+
+@pytest.fixture(params=[True, False], ids=["decode_kernel", "library"])
+def prefill_by(request, monkeypatch, device):
+    """The two ways of prefill attention; a GPU has one."""
+    if request.param and (device.type != "cpu" or not glm4.attention.HAS_EXTENSION):
+        pytest.skip("on a CPU with the extension")
+    monkeypatch.setattr(glm4.attention, "HAS_EXTENSION", request.param)
+
+
+@pytest.mark.usefixtures("prefill_by")
 @pytest.mark.parametrize("segment", [PAGE_SIZE, 2 * PAGE_SIZE, 8192])
-def test_chunked_prefill_is_unchunked(segment, model, monkeypatch):
+@pytest.mark.parametrize("seed", range(6))
+def test_chunks_of_any_lengths_are_one_pass(segment, seed, model, monkeypatch):
+    """Ragged sequences, each cut anywhere: a pass takes some rows of one, none of another."""
     monkeypatch.setattr(glm4.attention, "SEGMENT", segment)
-    sequences = [torch.randint(0, 320, (length,)) for length in (250, 1, 129)]
+    numbers = random.Random(seed)
+    # Edges of a page, of a segment, of what the decode kernel takes at a time.
+    edges = (1, 63, 64, 65, 127, 128, 129, 250)
+    lengths = [numbers.choice(edges) for _ in range(2)] + [numbers.randint(1, 256)]
+    sequences = [torch.randint(0, 320, (length,)) for length in lengths]
     expected = Pass(model, 3)(sequences)
-    run, chunks = Pass(model, 3), [[], [], []]
-    # A first chunk, one over a page, one that ends on a page, one token, the rest.
-    for start, stop in ((0, 50), (50, 100), (100, 128), (128, 129), (129, 250)):
-        for i, logits in enumerate(run([tokens[start:stop] for tokens in sequences])):
+    run, left, chunks = Pass(model, 3), sequences, [[], [], []]
+    while any(map(len, left)):
+        cuts = [min(len(t), numbers.choice((0, 1, 7, 50, 64, 100, 300))) for t in left]
+        if sum(cuts) == 0:
+            continue
+        for i, logits in enumerate(run([t[:cut] for t, cut in zip(left, cuts, strict=True)])):
             chunks[i].append(logits)
+        left = [tokens[cut:] for tokens, cut in zip(left, cuts, strict=True)]
     for actual, whole in zip(chunks, expected, strict=True):
         torch.testing.assert_close(torch.cat(actual), whole, **CLOSE)
 
@@ -170,13 +227,15 @@ def test_decode_is_prefill(model):
             torch.testing.assert_close(actual[0], whole[t], **CLOSE)
 
 
-@pytest.mark.parametrize("has_kernel", [True, False], ids=["decode_kernel", "library"])
-@pytest.mark.parametrize("at_once", [1 << 15, 400], ids=["together", "two_blocks_at_once"])
-def test_prefill_in_parts_rounds_once(device, monkeypatch, has_kernel, at_once):
-    """In bf16 the parts and their merge are as good as the library's attention over the whole."""
-    if has_kernel and not glm4.attention.HAS_EXTENSION:
-        pytest.skip("the extension was not built, or without flash_decode")
-    monkeypatch.setattr(glm4.attention, "HAS_EXTENSION", has_kernel)
+@pytest.mark.usefixtures("prefill_by")
+@pytest.mark.parametrize(
+    "segment, at_once",
+    [(1 << 16, 1 << 15), (PAGE_SIZE, 400)],
+    ids=["one part", "several parts"],
+)
+def test_prefill_in_parts_rounds_as_the_whole(device, monkeypatch, segment, at_once):
+    """In bf16 the parts and their merges are as good as the library's attention over the whole."""
+    monkeypatch.setattr(glm4.attention, "SEGMENT", segment)
     monkeypatch.setattr(glm4.attention, "BLOCKS_TIMES_KEYS", at_once)
     k_cache, v_cache = torch.randn(2, 4, 2, PAGE_SIZE, 64, device=device).bfloat16()
     q = torch.randn(100, 6, 64, device=device).bfloat16()

@@ -1,0 +1,238 @@
+"""One decode step of a batch, in buffers that stay where they are.
+
+    embed the current tokens -> layers -> logits -> choose -> they become current, a position on
+
+Nothing in it waits for the host or depends on it, so on a GPU the step is captured once for each of
+a few batch sizes as a CUDA graph, and replayed; the host writes rows of the buffers when a sequence
+joins or leaves, and reads chosen tokens when they have come. On a CPU the same code is called.
+
+Rows past the running sequences are padding: position -1, hence slot -1 and length 0. A padded row
+writes nothing, attends to nothing, and no other row sees it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from glm4.cache import PAGE_SIZE, Cache, Step
+from glm4.sampling import Sampling
+from glm4_kernels.library import error_flags, raise_device_errors
+
+if TYPE_CHECKING:
+    from glm4.model import Model
+
+T = TypeVar("T")
+
+# Batch sizes that a step runs at; the number of running sequences is padded up to one of them, or
+# to the most that may run. A GPU has a graph for each; a CPU has none and would pay for padding.
+BUCKETS: dict[str, Sequence[int]] = {
+    "cpu": range(1, 1 << 16),
+    "cuda": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the device knows of B sequences: the first dimension of each tensor."""
+
+    tokens: Tensor  # [B] int64, chosen last and not yet in the cache
+    positions: Tensor  # [B] int64, of `tokens`; -1 is a padded row
+    n_new: Tensor  # [B] int64, tokens made so far
+    block_table: Tensor  # [B, max_pages] int32
+    uniforms: Tensor  # [B, max_new_tokens] float64, or [B, 0]
+    seen: Tensor  # [B, vocab] bool, or [B, 0]
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def first(self, n_rows: int) -> Rows:
+        return Rows(*(tensor[:n_rows] for tensor in self.tensors()))
+
+    def copy_row(self, row: int, source: Rows, source_row: int) -> None:
+        for mine, theirs in zip(self.tensors(), source.tensors(), strict=True):
+            mine[row].copy_(theirs[source_row])
+
+    def advance(self, sampling: Sampling, logits: Tensor) -> Tensor:
+        """The next token of each row, which becomes its current one: [B] int64, -1 on NaN."""
+        uniform = None
+        if self.uniforms.shape[1]:
+            uniform = self.uniforms.gather(1, self.n_new[:, None])[:, 0]
+        chosen = sampling.choose(logits, uniform, self.seen)
+        active = self.positions >= 0
+        self.tokens.copy_(chosen.clamp(min=0))  # a step may run on it before the host has seen -1
+        self.positions.add_(active)
+        self.n_new.add_(active)
+        return chosen
+
+
+class Decoder:
+    """Steps the sequences in its rows; those that run come first.
+
+    Args:
+        capacity: rows, the most sequences that run at a time.
+        max_pages: columns of the block table.
+        max_new_tokens: draws that a sequence may make.
+        on_warmup: called with (what, seconds of the host) for each first step and capture.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: Cache,
+        sampling: Sampling,
+        capacity: int,
+        max_pages: int,
+        max_new_tokens: int,
+        on_warmup: Callable[[str, float], None] | None = None,
+    ) -> None:
+        device = model.device
+        self.model, self.cache, self.sampling = model, cache, sampling
+        self.on_warmup = on_warmup or (lambda what, seconds: None)
+        self.buckets = [n for n in BUCKETS[device.type] if n < capacity] + [capacity]
+        n_draws = max_new_tokens if sampling.temperature else 0
+        n_seen = model.config.vocab if sampling.repetition_penalty != 1.0 else 0
+        self.rows = Rows(
+            tokens=torch.zeros(capacity, dtype=torch.int64, device=device),
+            positions=torch.full((capacity,), -1, dtype=torch.int64, device=device),
+            n_new=torch.zeros(capacity, dtype=torch.int64, device=device),
+            block_table=torch.full((capacity, max_pages), -1, dtype=torch.int32, device=device),
+            uniforms=torch.zeros(capacity, n_draws, dtype=torch.float64, device=device),
+            seen=torch.zeros(capacity, n_seen, dtype=torch.bool, device=device),
+        )
+        # What the host reads: the chosen tokens, then the error flags of the kernels.
+        self.flags = error_flags(device)
+        self.results = torch.zeros(capacity + len(self.flags), dtype=torch.int64, device=device)
+        self.graphs = GRAPHS[device.type](device) if device.type in GRAPHS else None
+        self.replays: dict[int, Callable[[], None]] = {}  # by bucket
+        self.warm: set[str] = set()  # what has run before
+
+    def join(self, row: int, source: Rows, source_row: int) -> None:
+        self.rows.copy_row(row, source, source_row)
+
+    def leave(self, row: int, last: int) -> None:
+        """`row` becomes what the last running row was, and that one padding."""
+        if row != last:
+            self.rows.copy_row(row, self.rows, last)
+        self.rows.positions[last] = -1
+        self.rows.n_new[last] = 0
+
+    def step(self, n_rows: int) -> Callable[[], list[int]]:
+        """Launches a step of the first `n_rows` rows; the function returned waits for its tokens,
+        and raises IndexError if a kernel has met an index out of range."""
+        bucket = next(n for n in self.buckets if n >= n_rows)
+        self.launch(bucket)
+        read = self._results_later(self.results)
+        return lambda: read()[:n_rows]
+
+    def tokens_later(self, chosen: Tensor) -> Callable[[], list[int]]:
+        """The same for tokens that were chosen elsewhere."""
+        return self._results_later(torch.cat((chosen, self.flags)))
+
+    def _results_later(self, results: Tensor) -> Callable[[], list[int]]:
+        read, n_flags = read_later(results), len(self.flags)
+
+        def tokens() -> list[int]:
+            values = read()
+            if any(values[-n_flags:]):
+                raise_device_errors(self.flags.device)
+            return values[:-n_flags]
+
+        return tokens
+
+    def launch(self, bucket: int) -> None:
+        """With graphs, the first step of a bucket runs as it is, which compiles and loads all that
+        it needs; the second is captured (the first may be the last); then it is replayed."""
+        run, graphs = partial(self.run, bucket), self.graphs
+        if graphs is None:
+            run()
+        elif (first := f"first step of {bucket} rows") not in self.warm:
+            self.counted(first, lambda: graphs.warm_up(run))
+        else:
+            if bucket not in self.replays:
+                capture = f"CUDA graph of {bucket} rows"
+                self.replays[bucket] = self.counted(capture, lambda: graphs.capture(run))
+            self.replays[bucket]()
+
+    def counted(self, what: str, call: Callable[[], T]) -> T:
+        """Makes a call; where there are graphs, the first under its name is a warm-up."""
+        if self.graphs is None or what in self.warm:
+            return call()
+        self.warm.add(what)
+        began = time.perf_counter()
+        result = call()
+        self.on_warmup(what, time.perf_counter() - began)
+        return result
+
+    def run(self, bucket: int) -> None:
+        """The step itself, on the first `bucket` rows: what a graph replays."""
+        rows = self.rows.first(bucket)
+        positions = rows.positions.clamp(min=0)
+        pages = rows.block_table.gather(1, (positions // PAGE_SIZE)[:, None])[:, 0].long()
+        slots = pages * PAGE_SIZE + positions % PAGE_SIZE
+        step = Step(
+            tokens=rows.tokens,
+            positions=positions,
+            slots=slots.where(rows.positions >= 0, -1),
+            block_table=rows.block_table,
+            seq_lens=(rows.positions + 1).int(),
+        )
+        logits = self.model.head(self.model.forward(step, self.cache))
+        self.results[:bucket].copy_(rows.advance(self.sampling, logits))
+        self.results[len(self.rows.tokens) :].copy_(self.flags)
+
+
+class CudaGraphs:
+    """Captures on one side stream, into one memory pool: what a graph allocates is free again when
+    it ends, so that all of them can share it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, call: Callable[[], None]) -> None:
+        """Runs a call where it will be captured, so that nothing is compiled or loaded then."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            call()
+        current.wait_stream(self.stream)
+
+    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        """What replays a call that has run before; capturing runs nothing."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            call()
+        return graph.replay
+
+
+GRAPHS: dict[str, Callable[[torch.device], CudaGraphs]] = {"cuda": CudaGraphs}
+
+
+def read_later(values: Tensor) -> Callable[[], list[int]]:
+    """Starts the copy to the host; the function returned waits for it, and for nothing newer."""
+    if values.device.type != "cuda":
+        return values.clone().tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.current_stream(values.device).record_event()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copies from the host without waiting for what the device has to do before."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
