@@ -34,19 +34,27 @@ void for_each_share(int n_shares, int64_t count, const Run& run) {
         &context);
 }
 
-// Calls run(block) for 0..n_blocks in ascending order, each block on whichever thread is free.
+// Calls run(block) for 0..n_blocks, each block on whichever thread is free. A thread takes a
+// stretch of blocks at a time, in ascending order: long ones first, single ones at the end, so that
+// it mostly goes on where it was and all threads end together.
 template <typename Run>
 void for_each_block(int n_threads, int64_t n_blocks, const Run& run) {
     struct Context {
         const Run& run;
-        int64_t n_blocks;
+        int64_t n_blocks, n_threads;
         std::atomic<int64_t> next{0};
-    } context{run, n_blocks};
+    } context{run, n_blocks, n_threads};
     run_team(
         n_threads,
         [](void* pointer) {
             Context& c = *static_cast<Context*>(pointer);
-            for (int64_t block; (block = c.next.fetch_add(1)) < c.n_blocks;) c.run(block);
+            int64_t begin = c.next, end = 0;
+            while (begin < c.n_blocks) {
+                end = begin + 1 + (c.n_blocks - begin - 1) / (2 * c.n_threads);
+                if (!c.next.compare_exchange_weak(begin, end)) continue;
+                for (; begin < end; ++begin) c.run(begin);
+                begin = c.next;
+            }
         },
         &context);
 }

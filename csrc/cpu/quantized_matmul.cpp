@@ -19,12 +19,15 @@ namespace glm4 {
 constexpr int64_t PRODUCTS_PER_THREAD = int64_t(1) << 18;
 // Panels are claimed in blocks: so many per thread that the last ones even the threads out, but, at
 // few rows of x, each a stream of memory long enough for the prefetchers.
-constexpr int64_t BLOCKS_PER_THREAD = 16;
+constexpr int64_t BLOCKS_PER_THREAD = 32;
 constexpr int64_t MIN_BLOCK_BYTES = 64 << 10;
 // Rows of x are taken in blocks of about so many bytes, which stay in L2 for a block of panels; of
 // at least so many rows, more than any variant multiplies together.
 constexpr int64_t ROW_BLOCK_BYTES = 512 << 10;
 constexpr int64_t MIN_BLOCK_ROWS = 16;
+// Rows of x that a thread rounds at a time, about: those that are multiplied together lie
+// interleaved, and two threads in one cache line would take it from each other at every write.
+constexpr int64_t FEW_ROWS = 4;
 
 static std::vector<const MultiplyVariant*> runnable_variants() {
     std::vector<const MultiplyVariant*> variants;
@@ -101,9 +104,15 @@ void quantized_matmul_cpu(const QuantizedMatmul& problem, int64_t activation_gro
     } else {
         a.exact = reinterpret_cast<float*>(activations.at_least(m * w.k * 4));
     }
-    const auto prepare = rounds ? variant.quantize_row : variant.convert_row;
-    for_each_block(int(std::min<int64_t>(n_threads, m)), m,
-                   [&](int64_t row) { prepare(problem, a, row); });
+    // Whole runs of rows: those that are multiplied together lie interleaved, and two threads in
+    // one cache line would take it from each other at every write.
+    const auto prepare = rounds ? variant.quantize_rows : variant.convert_rows;
+    const int64_t n_row_blocks = (m + FEW_ROWS - 1) / FEW_ROWS;
+    for_each_block(int(std::min<int64_t>(n_threads, n_row_blocks)), n_row_blocks,
+                   [&](int64_t block) {
+                       prepare(problem, a, variant.row_block(m, FEW_ROWS, block),
+                               variant.row_block(m, FEW_ROWS, block + 1));
+                   });
 
     // With swiglu: tile i of gate and tile i of up go together.
     const int64_t tiles = problem.swiglu ? w.n / 2 / TILE_ROWS : n_tiles(w);

@@ -12,7 +12,7 @@ namespace glm4 {
 struct Activations {
     int8_t* q;        // [K / 4][R][4]
     float* step;      // [n_chunks][R]
-    int32_t* offset;  // [n_chunks][R]: where the integer sum of a chunk starts, see `quantize_row`
+    int32_t* offset;  // [n_chunks][R]: where the integer sum of a chunk starts, see `quantize_run`
     float* total;     // [G][R]: sum of step * q over a group; with zero points only
     float* exact;     // [M][K]: x in fp32, in place of all these, where activations are not rounded
     int64_t chunk, n_chunks;
@@ -39,9 +39,11 @@ struct MultiplyVariant {
     int (*panel_tiles)(int64_t m);
     // The row where block `block` of about `rows` rows of M starts; M past the last.
     int64_t (*row_block)(int64_t m, int64_t rows, int64_t block);
-    // Fills row m of `activations`.
-    void (*quantize_row)(const QuantizedMatmul& problem, const Activations& activations, int64_t m);
-    void (*convert_row)(const QuantizedMatmul& problem, const Activations& activations, int64_t m);
+    // Fills rows m0 .. m1 of `activations`; both are row_block boundaries.
+    void (*quantize_rows)(const QuantizedMatmul& problem, const Activations& activations,
+                          int64_t m0, int64_t m1);
+    void (*convert_rows)(const QuantizedMatmul& problem, const Activations& activations, int64_t m0,
+                         int64_t m1);
     // c [m1 - m0][tiles * 16] = x W^T; without bias, in fp32.
     void (*multiply)(const QuantizedMatmul& problem, const Activations& activations,
                      const Part& part, float* c);

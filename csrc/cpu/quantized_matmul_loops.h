@@ -53,59 +53,75 @@ struct Runs {
 // Below it (and it is below what any activation is) 1 / step may overflow: such a chunk is zero.
 constexpr float SMALLEST_STEP = 1.17549435e-38f;
 
-static void quantize_row(const QuantizedMatmul& problem, const Activations& a, int64_t m) {
+// Rounds the `n_rows` rows of x from m0 on, which are one run, chunk by chunk.
+static void quantize_run(const QuantizedMatmul& problem, const Activations& a, int64_t m0,
+                         int64_t n_rows) {
     const QuantizedWeight& w = problem.w;
-    const Runs runs(problem.m);
-    const int64_t first = runs.start(runs.of_row(m));
-    const int64_t n_rows = runs.start(runs.of_row(m) + 1) - first, row = m - first;
-    int8_t* q = a.q + first * w.k + row * 4;
-    float* steps = a.step + first * a.n_chunks + row;
-    int32_t* offsets = a.offset + first * a.n_chunks + row;
-    float* totals = a.total + first * (w.k / w.group_size) + row;
+    int8_t* q = a.q + m0 * w.k;
+    float* step = a.step + m0 * a.n_chunks;
+    int32_t* offset = a.offset + m0 * a.n_chunks;
+    float* total = a.total ? a.total + m0 * (w.k / w.group_size) : nullptr;
     const int32_t bias = w.bits == 4 ? Lanes::BIAS<4> : Lanes::BIAS<8>;
     const int32_t middle = 1 << (w.bits - 1);
-    float total = 0.0f;
-    int64_t left_in_group = w.group_size, group = 0;
-    for (int64_t c = 0, k = 0; c < a.n_chunks; ++c, k += a.chunk) {
+    const auto load = [&](int64_t row, int64_t k) {
+        return Lanes::load_as_float(problem.x, problem.dtype, (m0 + row) * w.k + k);
+    };
+    alignas(64) int8_t rounded[Lanes::M_TILE][MAX_CHUNK];
+    float steps_in_one[Lanes::M_TILE], totals[Lanes::M_TILE] = {};
+    int64_t left_in_group = w.group_size;
+    for (int64_t k = 0; k < w.k; k += a.chunk, step += n_rows, offset += n_rows) {
         const int64_t count = smaller(a.chunk, w.k - k);
-        Float value[MAX_CHUNK / TILE_ROWS];
-        Int magnitude = Lanes::set(int32_t(0));
-        for (int64_t j = 0; j < count / TILE_ROWS; ++j) {
-            value[j] = Lanes::load_as_float(problem.x, problem.dtype, m * w.k + k + j * TILE_ROWS);
-            magnitude = Lanes::larger_magnitude(magnitude, value[j]);
-        }
-        const int32_t largest = Lanes::largest(magnitude);
-        const float step = from_bits(uint32_t(largest)) / 127.0f;
-        int32_t sum = 0;
-        alignas(64) int8_t rounded[MAX_CHUNK];
-        if (largest < 0x7f800000 && step >= SMALLEST_STEP) {
-            const Float steps_in_one = Lanes::set(1.0f / step);
-            Int sums = Lanes::set(int32_t(0));
-            for (int64_t j = 0; j < count / TILE_ROWS; ++j) {
-                const Int nearest = Lanes::nearest(Lanes::mul(value[j], steps_in_one));
-                sums = Lanes::add(sums, Lanes::clamp_and_store(rounded + j * TILE_ROWS, nearest));
+        for (int64_t row = 0; row < n_rows; ++row) {
+            Int magnitude = Lanes::set(int32_t(0));
+            for (int64_t j = 0; j < count; j += TILE_ROWS) {
+                magnitude = Lanes::larger_magnitude(magnitude, load(row, k + j));
             }
-            sum = Lanes::total(sums);
-        } else {
-            memset(rounded, 0, sizeof(rounded));
+            const int32_t largest = Lanes::largest(magnitude);
+            step[row] = from_bits(uint32_t(largest)) / 127.0f;
+            const bool usable = largest < 0x7f800000 && step[row] >= SMALLEST_STEP;
+            steps_in_one[row] = usable ? 1.0f / step[row] : 0.0f;
         }
-        for (int64_t j = 0; j < count; j += 4) memcpy(q + (k + j) * n_rows, rounded + j, 4);
-        steps[c * n_rows] = step;
-        offsets[c * n_rows] = (bias - middle) * sum;
-        total += step * float(sum);
+        for (int64_t row = 0; row < n_rows; ++row) {
+            int32_t sum = 0;
+            if (steps_in_one[row] != 0.0f) {
+                const Float factor = Lanes::set(steps_in_one[row]);
+                Int sums = Lanes::set(int32_t(0));
+                for (int64_t j = 0; j < count; j += TILE_ROWS) {
+                    const Int nearest = Lanes::nearest(Lanes::mul(load(row, k + j), factor));
+                    sums = Lanes::add(sums, Lanes::clamp_and_store(rounded[row] + j, nearest));
+                }
+                sum = Lanes::total(sums);
+            } else {
+                memset(rounded[row], 0, sizeof(rounded[row]));
+            }
+            offset[row] = (bias - middle) * sum;
+            totals[row] += step[row] * float(sum);
+        }
+        for (int64_t j = 0; j < count; j += 4) {
+            for (int64_t row = 0; row < n_rows; ++row, q += 4) memcpy(q, rounded[row] + j, 4);
+        }
         left_in_group -= count;
-        if (left_in_group == 0) {
-            if (a.total) totals[group * n_rows] = total;
-            total = 0.0f, left_in_group = w.group_size, ++group;
+        if (left_in_group > 0) continue;
+        left_in_group = w.group_size;
+        for (int64_t row = 0; row < n_rows; ++row) {
+            if (a.total) *total++ = totals[row];
+            totals[row] = 0.0f;
         }
     }
 }
 
-static void convert_row(const QuantizedMatmul& problem, const Activations& a, int64_t m) {
-    const int64_t k = problem.w.k;
-    for (int64_t j = 0; j < k; j += TILE_ROWS) {
-        Lanes::store(a.exact + m * k + j,
-                     Lanes::load_as_float(problem.x, problem.dtype, m * k + j));
+static void quantize_rows(const QuantizedMatmul& problem, const Activations& a, int64_t m0,
+                          int64_t m1) {
+    const Runs runs(problem.m);
+    for (int64_t run = runs.of_row(m0); m0 < m1; m0 = runs.start(++run)) {
+        quantize_run(problem, a, m0, runs.start(run + 1) - m0);
+    }
+}
+
+static void convert_rows(const QuantizedMatmul& problem, const Activations& a, int64_t m0,
+                         int64_t m1) {
+    for (int64_t i = m0 * problem.w.k; i < m1 * problem.w.k; i += TILE_ROWS) {
+        Lanes::store(a.exact + i, Lanes::load_as_float(problem.x, problem.dtype, i));
     }
 }
 
@@ -266,6 +282,16 @@ static void multiply_rows(const QuantizedWeight& w, const Activations& a, int64_
     }
 }
 
+// Brings the lines of y in that a panel's result will go to: a row is a line, far from the next.
+static void ask_for_result(const QuantizedMatmul& problem, int64_t m0, int64_t rows, int64_t tile) {
+    const int64_t columns = problem.swiglu ? problem.w.n / 2 : problem.w.n;
+    if (tile * TILE_ROWS >= columns) return;  // up: its gate has asked
+    const int64_t item = size_of(problem.dtype);
+    const char* line =
+        static_cast<const char*>(problem.y) + (m0 * columns + tile * TILE_ROWS) * item;
+    for (int64_t row = 0; row < rows; ++row, line += columns * item) __builtin_prefetch(line, 1);
+}
+
 template <int BITS, bool GROUPED, int NT>
 static void multiply_panel(const QuantizedMatmul& problem, const Activations& a, const Part& part,
                            float* c) {
@@ -287,6 +313,7 @@ static void multiply_panel(const QuantizedMatmul& problem, const Activations& a,
         if (GROUPED && again && NT == 2) load_factors<NT>(w, part.tile, k, k1, factors);
         for (int64_t run = first; run <= last; ++run) {
             const int64_t m0 = runs.start(run), rows = runs.start(run + 1) - m0;
+            if (again && k1 == w.k) ask_for_result(problem, m0, rows, part.tile);
             multiply_rows<BITS, GROUPED, NT>(w, a, m0, rows, part.tile, k, k1, factors,
                                              c + (m0 - part.m0) * c_stride, prefetch);
         }
@@ -474,10 +501,10 @@ static int64_t row_block(int64_t m, int64_t rows, int64_t block) {
     return runs.start(smaller(runs.count * block / blocks, runs.count));
 }
 
-#define GLM4_MULTIPLY_VARIANT(name)                                                        \
-    {                                                                                      \
-        name, panel_tiles, row_block, quantize_row, convert_row, multiply, multiply_exact, \
-            write_result, write_swiglu                                                     \
+#define GLM4_MULTIPLY_VARIANT(name)                                                          \
+    {                                                                                        \
+        name, panel_tiles, row_block, quantize_rows, convert_rows, multiply, multiply_exact, \
+            write_result, write_swiglu                                                       \
     }
 
 }  // namespace glm4
