@@ -31,8 +31,9 @@ import torch
 
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.harness import discover, one_line, run_cases
-from benchmarks.model_bench import Plan, decode_step, made, measure_model
+from benchmarks.model_bench import Plan, decoder_at, made, measure_model, rewind
 from benchmarks.provenance import REPOSITORY, write_json
+from benchmarks.step_profile import budget_rows, kernel_rows, profile_step, step_op_bytes
 
 CUDA = torch.device("cuda", 0)
 
@@ -124,52 +125,68 @@ def model(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"ceilings": asdict(ceilings), "models": [grown]}
 
 
-def profile(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Time of each kernel in one decode step, batch 1."""
-    from torch.profiler import ProfilerActivity
-
-    context = plan.contexts[0]
-    with torch.inference_mode():
-        step = decode_step(made(plan, CUDA), 1, context)
-        for _ in range(3):
-            step()
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
-            step()
-            torch.cuda.synchronize()
-    rows = [
-        {"kernel": event.key[:120], "calls": event.count, "us": event.self_device_time_total}
-        for event in p.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
-    rows.sort(key=lambda row: -row["us"])
-    total = sum(row["us"] for row in rows)
-    yield {
-        "profile": {
-            "model": plan.model,
-            "batch": 1,
-            "context": context,
-            "us": total,
-            "kernels": rows,
-        }
-    }
+def profile(plan: Plan, device: torch.device = CUDA) -> Iterator[dict[str, Any]]:
+    """Every kernel of a replayed decode step, and a budget of its ops."""
+    ceilings = measure_ceilings(device)
+    model = made(plan, device)
+    result: dict[str, Any] = {"ceilings": asdict(ceilings), "profiles": []}
+    for context in plan.contexts:
+        for batch in plan.batches:
+            with torch.inference_mode():
+                decoder = decoder_at(model, batch, context)
+                for _ in range(4):  # compiles, captures, warms up
+                    decoder.launch(batch)
+                    rewind(decoder, context)
+                called, replayed = profile_step(decoder, batch)
+            found: dict[str, Any] = {
+                "model": plan.model,
+                "layers": model.config.layers,
+                "batch": batch,
+                "context": context,
+                "us": sum(kernel.us for kernel in replayed),
+                "kernels": kernel_rows(replayed),
+            }
+            result["profiles"].append(found)
+            yield result  # whatever becomes of the budget
+            op_bytes = step_op_bytes(model, batch, context)
+            found["budget"] = budget_rows(called, replayed, op_bytes, ceilings.bandwidth(device))
+            yield result
 
 
 STAGES = {
     "build": Stage(build, 7.5),
     "tests": Stage(tests, 7.8),
     "kernels": Stage(kernels, 7.8),
-    "model-9b": Stage(partial(model, Plan("glm-4-9b-chat")), 7.8),
-    "model-9b-0414": Stage(partial(model, Plan("glm-4-9b-0414", contexts=(1024, 32768))), 7.8),
-    "model-32b": Stage(partial(model, Plan("glm-4-32b-0414", contexts=(1024, 32768))), 7.8),
+    "model-9b": Stage(
+        partial(model, Plan("glm-4-9b-chat", first_tokens=(1024, 32768, 131072))), 7.8
+    ),
+    "model-9b-0414": Stage(
+        partial(model, Plan("glm-4-9b-0414", contexts=(1024, 32768), first_tokens=(1024, 32768))),
+        7.8,
+    ),
+    "model-32b": Stage(
+        partial(model, Plan("glm-4-32b-0414", contexts=(1024, 32768), first_tokens=(1024, 32768))),
+        7.8,
+    ),
     "model-1m": Stage(
         partial(
             model,
-            Plan("glm-4-9b-chat-1m", batches=(1,), contexts=(131072, 1 << 20), generate_batches=()),
+            Plan(
+                "glm-4-9b-chat-1m",
+                batches=(1,),
+                contexts=(1024, 131072, 1 << 20),
+                generate_batches=(),
+                first_tokens=(131072,),
+            ),
         ),
         7.8,
     ),
-    "profile": Stage(partial(profile, Plan("glm-4-9b-chat", contexts=(1024,))), 5.0),
+    "profile": Stage(
+        partial(profile, Plan("glm-4-9b-chat", batches=(1, 8), contexts=(1024, 131072))), 5.0
+    ),
+    "profile-0414": Stage(
+        partial(profile, Plan("glm-4-9b-0414", batches=(1, 64), contexts=(1024,))), 5.0
+    ),
 }
 
 

@@ -1,8 +1,10 @@
-"""The whole model, random weights at true sizes: decode steps, then `generate` beside transformers.
+"""The whole model, random weights at true sizes: decode steps, first tokens, then `generate` beside
+transformers.
 
-Bytes a decode step must move: every weight but the embedding once, and K and V of every token in
-the cache. Those over the bandwidth measured in the same run are the roofline that tokens/s are
-held against.
+A decode step is the engine's own (`glm4.decoder`): on CUDA its captured graph, replayed. Bytes it
+must move: every weight but the embedding once, and K and V of every token in the cache. Those over
+the bandwidth measured in the same run are the roofline that tokens/s are held against; a prompt's
+is its flops over the matmul rate.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from torch import Tensor
 
 import glm4
 from benchmarks.ceilings import Ceilings, CpuReadProbe, seconds
-from benchmarks.harness import capture, one_line
-from glm4.cache import PAGE_SIZE, Step
+from benchmarks.harness import one_line
+from glm4.cache import PAGE_SIZE
+from glm4.decoder import Decoder
 from glm4.generation import free_bytes, stream
+from glm4.sampling import Sampling
 
 # Of the free memory, what weights and caches may take; the rest is for activations and logits.
 MEMORY_SHARE = 0.85
@@ -44,17 +48,20 @@ class Plan:
     new_tokens: int = 128
     generate_batches: tuple[int, ...] = (1, 8)
     steps: int = 30  # of decode, timed
+    first_tokens: tuple[int, ...] = ()  # lengths of prompts
 
 
 # What `python -m benchmarks` measures: minutes on a GPU, about one on two CPU cores.
 PLANS = {
-    "cuda": (Plan("glm-4-9b-chat"),),
+    "cuda": (Plan("glm-4-9b-chat", first_tokens=(1024, 32768)),),
     "cpu": (
         Plan("demo", None, (1, 8, 64), (256,), 64, 32, (1, 8), 20),
         Plan("glm-4-9b-chat", 4, (1, 8, 64), (1024,), 128, 8, (1,), 5),
     ),
 }
-QUICK_PLAN = Plan("demo", None, (1, 2), (64,), 8, 3, (1, 2), 1)
+QUICK_PLAN = Plan("demo", None, (1, 2), (64,), 8, 3, (1, 2), 1, (16,))
+# What drawing costs: a step that does all of it, at the first context, beside the greedy one.
+DRAWN = Sampling(0.8, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=0)
 
 
 def measure_model(
@@ -71,6 +78,7 @@ def measure_model(
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": config.parameters,
         "decode": [],
+        "first_token": [],
         "generate": [],
         "skipped": [],
     }
@@ -87,12 +95,21 @@ def measure_model(
                 try:
                     row = measure_decode(model, batch, context, ceilings, plan.steps)
                     result["decode"].append(row)
+                    if context == plan.contexts[0]:
+                        row = measure_decode(model, batch, context, ceilings, plan.steps, DRAWN)
+                        result["decode"].append(row)
                 except torch.OutOfMemoryError:
                     torch.cuda.empty_cache()
                     result["skipped"].append(f"{what}: out of memory")
             yield result
 
-    engines = {"glm4": our_engine(model)}
+    ours = our_engine(model)
+    for length in plan.first_tokens:
+        say(f"{plan.model}: first token after {length} tokens")
+        result["first_token"].append(measure_first_token(ours, model, length, ceilings))
+        yield result
+
+    engines = {"glm4": ours}
     try:
         theirs = transformers_twin(model)
     except ImportError:
@@ -106,12 +123,13 @@ def measure_model(
                 f"allowed {LOGITS_TOLERANCE:.1e}"
             )
         result["relative_l2_of_logits"] = distance
-    for batch in plan.generate_batches:
-        prompts = torch.randint(config.vocab, (batch, plan.prompt)).tolist()
-        for name, engine in engines.items():
+    prompts = torch.randint(config.vocab, (max(plan.generate_batches, default=0), plan.prompt))
+    for name, engine in engines.items():  # theirs last: it compiles for minutes
+        for batch in plan.generate_batches:
             say(f"{plan.model}: {name} generates {batch} x {plan.new_tokens} tokens")
             try:
-                row = measure_generate(engine, prompts, plan.new_tokens, device)
+                some = prompts[:batch].tolist()
+                row = measure_generate(engine, some, plan.new_tokens, device)
             except Exception as error:
                 if name == "glm4":
                     raise
@@ -150,33 +168,36 @@ def step_bytes(model: glm4.Model, batch: int, context: int) -> int:
 
 @torch.inference_mode()
 def measure_decode(
-    model: glm4.Model, batch: int, context: int, ceilings: Ceilings, steps: int
+    model: glm4.Model,
+    batch: int,
+    context: int,
+    ceilings: Ceilings,
+    steps: int,
+    sampling: Sampling | None = None,
 ) -> dict[str, Any]:
-    """One greedy step of `batch` sequences over `context` tokens of random K and V each, in pages
-    that lie anywhere: eager, and on CUDA as a captured graph too."""
+    """One step of `batch` sequences over `context` tokens each, greedy unless `sampling` is given:
+    called, and on CUDA replayed as the engine does."""
     device = model.device
-    step_once = decode_step(model, batch, context)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    modes: dict[str, Callable[[], object]] = {"eager": step_once}
-    for _ in range(3):  # compiles, loads
-        step_once()
-    row: dict[str, Any] = {"batch": batch, "context": context}
-    if device.type == "cuda":
-        graph = capture(step_once)
-        if isinstance(graph, str):
-            row["note"] = graph
-        else:
-            graph.replay()
-            modes["graph"] = graph.replay
+    warmup: dict[str, float] = {}
+    decoder = decoder_at(model, batch, context, sampling or Sampling(), warmup.__setitem__)
+    decoder.launch(batch)  # compiles, loads
+    modes: dict[str, Callable[[int], object]] = {"eager": decoder.run}
+    if decoder.graphs is not None:
+        decoder.launch(batch)  # captures
+        modes["graph"] = decoder.launch
 
     n_bytes = step_bytes(model, batch, context)
     probe = CpuReadProbe() if device.type == "cpu" else None
+    row: dict[str, Any] = {"batch": batch, "context": context, "drawn": sampling is not None}
     for mode, call in modes.items():
         samples = []
-        for _ in range(steps):
+        for _ in range(3 + steps):
+            rewind(decoder, context)
             bandwidth = probe.sample() if probe else ceilings.bandwidth(device)
-            samples.append((seconds(call, device), bandwidth))
+            samples.append((seconds(lambda call=call: call(batch), device), bandwidth))
+        del samples[:3]
         took = statistics.median(t for t, _ in samples)
         row[mode] = {
             "ms": took * 1e3,
@@ -184,25 +205,69 @@ def measure_decode(
             "share": statistics.median(n_bytes / bandwidth / t for t, bandwidth in samples),
             "steps_ms": [round(t * 1e3, 4) for t, _ in samples],
         }
-    return row | {"bytes_moved": n_bytes, "peak_gib": peak_gib(device)}
+    decoder.tokens_later(decoder.rows.tokens)()  # an index out of range would be an error
+    row |= {"bytes_moved": n_bytes, "peak_gib": peak_gib(device)}
+    return row | {"warmup_s": warmup} if warmup else row
 
 
-def decode_step(model: glm4.Model, batch: int, context: int) -> Callable[[], Tensor]:
-    """A call that runs one decode step over a cache filled with random K and V."""
+def decoder_at(
+    model: glm4.Model,
+    batch: int,
+    context: int,
+    sampling: Sampling | None = None,
+    on_warmup: Callable[[str, float], None] | None = None,
+) -> Decoder:
+    """The engine's decoder in the middle of `batch` sequences, over random K and V in pages that
+    lie anywhere."""
     device, pages = model.device, math.ceil(context / PAGE_SIZE)
     cache = model.new_cache(batch * pages)
     for tensor in (*cache.k, *cache.v):
         tensor.normal_()
-    table = torch.randperm(batch * pages, device=device).view(batch, pages)
-    last = context - 1
-    step = Step(
-        tokens=torch.randint(model.config.vocab, (batch,), device=device),
-        positions=torch.full((batch,), last, device=device),
-        slots=table[:, last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE,
-        block_table=table.int(),
-        seq_lens=torch.full((batch,), context, dtype=torch.int32, device=device),
-    )
-    return lambda: model.head(model.forward(step, cache)).argmax(-1)
+    sampling = sampling or Sampling()
+    decoder = Decoder(model, cache, sampling, batch, pages, 1024, on_warmup)
+    rows = decoder.rows
+    rows.tokens.copy_(torch.randint(model.config.vocab, (batch,)))
+    rows.block_table.copy_(torch.randperm(batch * pages, device=device).view(batch, pages))
+    rows.uniforms.uniform_()
+    rewind(decoder, context)
+    return decoder
+
+
+def rewind(decoder: Decoder, context: int) -> None:
+    """The next step again attends to `context` tokens, its own included."""
+    decoder.rows.positions.fill_(context - 1)
+    decoder.rows.n_new.zero_()
+
+
+def measure_first_token(
+    engine: Engine, model: glm4.Model, length: int, ceilings: Ceilings
+) -> dict[str, Any]:
+    """Time from the call to the first token after one prompt; the call before it compiles."""
+    prompts = torch.randint(model.config.vocab, (1, length)).tolist()
+    took = []
+    for _ in range(2):
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        engine(prompts, 1, lambda count: None)
+        took.append(time.perf_counter() - began)
+    return {
+        "prompt": length,
+        "first_token_ms": took[1] * 1e3,
+        "tokens_per_s": length / took[1],
+        "share": prefill_flops(model, length) / ceilings.matmul / took[1],
+        "warmup_s": took[0] - took[1],
+        "peak_gib": peak_gib(model.device),
+    }
+
+
+def prefill_flops(model: glm4.Model, length: int) -> int:
+    """Of the linear layers for every token, of causal attention, of the head for one token."""
+    config, shapes = model.config, model.config.shapes
+    matrices = [n for n, shape in shapes.items() if len(shape) == 2 and n.startswith("layers.")]
+    linear = 2 * length * sum(math.prod(shapes[name]) for name in matrices)
+    attention = 2 * length**2 * config.heads * config.head_dim * config.layers
+    return linear + attention + 2 * math.prod(shapes["lm_head"])
 
 
 def peak_gib(device: torch.device) -> float | None:
@@ -220,7 +285,9 @@ def measure_generate(
 ) -> dict[str, Any]:
     """Time until every prompt has its first token, then tokens/s of the rest, as a caller sees
     them."""
+    began = time.perf_counter()
     engine(prompts, new_tokens, lambda count: None)  # compiles, captures
+    cold = time.perf_counter() - began
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     arrivals: list[tuple[int, float]] = []  # tokens so far, when
@@ -241,6 +308,7 @@ def measure_generate(
         "new_tokens": new_tokens,
         "first_token_ms": first * 1e3,
         "tokens_per_s": len(prompts) * (new_tokens - 1) / (last - first),
+        "warmup_s": cold - last,
         "peak_gib": peak_gib(device),
     }
 

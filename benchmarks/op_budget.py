@@ -1,7 +1,8 @@
-"""Where a pass of the model goes on the CPU, op by op: each op timed by the clock as it is called.
+"""Where a pass of the model goes, op by op.
 
-CPU ops run to their end before they return, so the clock is exact; what is left of the pass is
-Python between them. A timer costs some 0.2 us a call.
+On the CPU ops run to their end before they return, so the clock is exact; what is left of the pass
+is Python between them. A timer costs some 0.2 us a call. On a GPU benchmarks/step_profile.py finds
+the kernels of each op in a trace.
 """
 
 from __future__ import annotations
@@ -21,35 +22,49 @@ from glm4 import generation, model, sampling
 Times = dict[str, list[float]]
 
 
+# What makes a call that stands for `function` and is known by `name(arguments)`.
+Watch = Callable[[Callable[[tuple], str], Callable[..., Any]], Callable[..., Any]]
+
+
 @contextmanager
-def timed_ops(glm: model.Model) -> Iterator[Times]:
-    """Seconds of every call inside the block: of our ops, of torch's linear (by its weight's
-    name), of prefill attention, of the head and of sampling."""
-    times: Times = {}
+def watched_ops(glm: model.Model, watch: Watch) -> Iterator[None]:
+    """Inside the block every call of our ops, of torch's linear (known by its weight's name), of
+    prefill attention, of the head and of sampling goes through what `watch` made of it."""
     names = {id(glm.lm_head): "lm_head"}
     for block in glm.blocks:
         for part, kinds in ((block.attention, ("qkv", "o")), (block.mlp, ("gate_up", "down"))):
             names |= {id(getattr(part, kind)): kind for kind in kinds}
 
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            result = function(*args, **kwargs)
-            took = time.perf_counter() - began
-            of = next((names[id(arg)] for arg in args if id(arg) in names), name)
-            times.setdefault(of, []).append(took)
-            return result
-
-        return call
+    def namer(op: str) -> Callable[[tuple], str]:
+        return lambda args: next((names[id(arg)] for arg in args if id(arg) in names), op)
 
     ops = [(gk, op) for op in gk.__all__ if callable(getattr(gk, op))]
     ops += [(F, "linear"), (F, "embedding"), (model, "prefill_attention")]
     ops += [(sampling.Sampling, "choose"), (generation._Engine, "take")]
     with ExitStack() as patches:
         for owner, op in ops:
-            if isinstance(getattr(owner, op), type):
-                continue
-            patches.enter_context(mock.patch.object(owner, op, timed(op, getattr(owner, op))))
+            function = getattr(owner, op)
+            if not isinstance(function, type):
+                patches.enter_context(mock.patch.object(owner, op, watch(namer(op), function)))
+        yield
+
+
+@contextmanager
+def timed_ops(glm: model.Model) -> Iterator[Times]:
+    """Seconds of every call inside the block."""
+    times: Times = {}
+
+    def timed(name: Callable[[tuple], str], function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            took = time.perf_counter() - began
+            times.setdefault(name(args), []).append(took)
+            return result
+
+        return call
+
+    with watched_ops(glm, timed):
         yield times
 
 

@@ -101,15 +101,69 @@ def model_name(model: Result) -> str:
 
 def model_rows(model: Result) -> Iterator[tuple[str, ...]]:
     for row in model["decode"]:
+        drawn = ", drawn" if row.get("drawn") else ""
         for mode, name in (("graph", "decode step in a CUDA graph"), ("eager", "decode step")):
             if mode in row:
                 tokens = f"{row['context']:,} cached"
                 speed, share = f"{row[mode]['tokens_per_s']:.1f}", f"{row[mode]['share']:.0%}"
-                yield name, str(row["batch"]), tokens, speed, share, "", peak(row)
+                yield name + drawn, str(row["batch"]), tokens, speed, share, "", peak(row)
+    for row in model.get("first_token", ()):
+        speed, share = f"{row['tokens_per_s']:.0f}", f"{row['share']:.0%}"
+        first = f"{row['first_token_ms']:.0f} ms"
+        yield "prompt, glm4", "1", f"{row['prompt']:,}", speed, share, first, peak(row)
     for row in model["generate"]:
         tokens = f"{row['prompt']:,} + {row['new_tokens']:,}"
         speed, first = f"{row['tokens_per_s']:.1f}", f"{row['first_token_ms']:.0f} ms"
         yield f"generate, {row['engine']}", str(row["batch"]), tokens, speed, "", first, peak(row)
+
+
+STEP_COLUMNS = (
+    "op",
+    "kernels a layer",
+    "floor, µs a layer",
+    "kernels, µs a layer",
+    "gaps, µs a layer",
+    "of floor",
+    "of the step",
+)
+STEP_KERNEL_COLUMNS = ("kernel", "calls a step", "µs a step", "of the kernels")
+
+
+def profile_section(profile: Result) -> str:
+    """One captured decode step: a budget of its ops, then its kernels."""
+    title = (
+        f"Where a decode step of {profile['model']} goes: batch {profile['batch']}, "
+        f"{profile['context']:,} tokens cached, {profile['us'] / 1e3:.3f} ms in kernels"
+    )
+    tables = [pipes(STEP_KERNEL_COLUMNS, step_kernel_rows(profile))]
+    if "budget" in profile:
+        tables.insert(0, pipes(STEP_COLUMNS, step_rows(profile)))
+    joined = "\n\n".join(tables)
+    return f"<details><summary>{title}</summary>\n\n{joined}\n\n</details>"
+
+
+def step_rows(profile: Result) -> Iterator[tuple[str, ...]]:
+    layers = profile["layers"]
+    rows = profile["budget"]
+    whole = sum(row["us"] + row["gap_us"] for row in rows)
+    for row in rows:
+        floor = row["floor_us"]
+        took = row["us"] + row["gap_us"]
+        yield (
+            row["op"],
+            f"{row['kernels'] / layers:.3g}",
+            "" if floor is None else f"{floor / layers:.2f}",
+            f"{row['us'] / layers:.2f}",
+            f"{row['gap_us'] / layers:.2f}",
+            "" if floor is None else f"{floor / took:.0%}",
+            f"{took / whole:.1%}",
+        )
+
+
+def step_kernel_rows(profile: Result) -> Iterator[tuple[str, ...]]:
+    for row in profile["kernels"]:
+        name = row["kernel"].replace("|", "\\|")
+        yield name, str(row["calls"]), f"{row['us']:.1f}", f"{row['us'] / profile['us']:.1%}"
 
 
 HEAT_COLUMNS = (
@@ -359,6 +413,7 @@ def markdown(root: Path, readme: Path) -> str:
         parts.append(f"### {results[0]['provenance']['device']}\n\n{origin(results)}")
         for model in models:
             parts.append(f"**{model_name(model)}**\n\n{pipes(MODEL_COLUMNS, model_rows(model))}")
+        parts += [profile_section(p) for result in results for p in result.get("profiles", ())]
         parts += [quantized_section(r["quantized"]) for r in results if r.get("quantized")]
         parts += [quality_section(r["quality"]) for r in results if r.get("quality")]
         for heat in heats:

@@ -167,10 +167,14 @@ def generate(args: argparse.Namespace) -> None:
     model = load(folder, args.device, args.dtype, args.quantize, rope_theta=args.rope_theta)
 
     times = [time.perf_counter()]
+    warmups: list[float] = []
     pieces = TextStream(tokenizer)
     with progress_bar("Reading the prompt", len(prompt)) as show:
         on_prefill = lambda done, total: show(done)  # noqa: E731
-        tokens = stream(model, [prompt], max_new_tokens, *chosen, on_prefill=on_prefill)
+        on_warmup = lambda what, seconds: warmups.append(seconds)  # noqa: E731
+        tokens = stream(
+            model, [prompt], max_new_tokens, *chosen, on_prefill=on_prefill, on_warmup=on_warmup
+        )
         first = next(tokens)
     _write(pieces.push(first[1]))
     times.append(time.perf_counter())
@@ -185,6 +189,8 @@ def generate(args: argparse.Namespace) -> None:
     speeds = f"prefill {_speed(len(prompt), prefill)}"
     if n_decoded:
         speeds += f", decode {_speed(n_decoded, decode)}"
+    if warmups:
+        speeds += f", {sum(warmups):.2f} s of it warm-up"
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"glm4: {speeds} on {model.device} in {dtype}", file=sys.stderr)
 

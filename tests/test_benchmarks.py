@@ -14,9 +14,10 @@ from functools import partial
 
 import pytest
 import torch
+from recorded_graphs import RecordedGraphs
 
 import glm4
-from benchmarks import cpu_model, gpu, harness, quality, quantized, report
+from benchmarks import cpu_model, gpu, harness, quality, quantized, report, step_profile
 from benchmarks.__main__ import main
 from benchmarks.ceilings import (
     Ceilings,
@@ -30,6 +31,7 @@ from benchmarks.harness import Case, discover, gate, run_case, take_turns
 from benchmarks.model_bench import Plan, measure_model
 from benchmarks.peers import PEERS
 from benchmarks.provenance import provenance, shown_command, source_hash
+from glm4 import decoder
 from glm4_kernels.extension import extension
 
 CPU = torch.device("cpu")
@@ -473,23 +475,42 @@ def model_result():
         layers=2, hidden=128, ffn=192, heads=4, kv_heads=2, vocab=320, max_positions=256,
         eos_token_ids=(0,),
     )  # fmt: skip
-    plan = Plan("tiny", None, (1, 3), (70, 512), 5, 4, (2,), 2)
+    plan = Plan("tiny", None, (1, 3), (70, 512), 5, 4, (2,), 2, (9,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(glm4.PRESETS, "tiny", tiny)
+        patch.setitem(decoder.GRAPHS, "cpu", RecordedGraphs)  # as on a GPU
         *_, result = measure_model(plan, CPU, CEILINGS, lambda what: None)
     return json.loads(json.dumps(result))
 
 
 def test_model_result(model_result):
-    assert [(row["batch"], row["context"]) for row in model_result["decode"]] == [(1, 70), (3, 70)]
+    assert [(row["batch"], row["context"], row["drawn"]) for row in model_result["decode"]] == [
+        (1, 70, False),
+        (1, 70, True),
+        (3, 70, False),
+        (3, 70, True),
+    ]
     layer = 128 * (8 * 128) + 128 * (4 * 128) + 3 * 128 * 192 + 4 * 128  # qkv, o, MLP, norms
     layer += 8 * 128  # qkv bias
     weights = 2 * layer + 128 + 320 * 128
     cache = 2 * 2 * 2 * 128 * 70  # layers, K and V, heads, head_dim, tokens
-    assert [row["bytes_moved"] for row in model_result["decode"]] == [
+    assert [row["bytes_moved"] for row in model_result["decode"][::2]] == [
         2 * (weights + cache),
         2 * (weights + 3 * cache),
     ]
+    for row in model_result["decode"]:
+        assert row["eager"]["tokens_per_s"] > 0 < row["graph"]["tokens_per_s"]
+        assert len(row["graph"]["steps_ms"]) == 2
+        bucket = row["batch"]
+        assert list(row["warmup_s"]) == [
+            f"first step of {bucket} rows",
+            f"CUDA graph of {bucket} rows",
+        ]
+    (first,) = model_result["first_token"]
+    flops = 2 * 9 * 2 * (128 * (8 * 128) + 128 * (4 * 128) + 3 * 128 * 192)
+    flops += 2 * 9 * 9 * 4 * 128 * 2 + 2 * 320 * 128
+    seconds = first["first_token_ms"] / 1e3
+    assert first["share"] == pytest.approx(flops / CEILINGS.matmul / seconds)
     engines = {row["engine"]: row for row in model_result["generate"]}
     assert set(engines) == {"glm4", "transformers"}
     assert all(row["tokens_per_s"] > 0 < row["first_token_ms"] for row in engines.values())
@@ -497,6 +518,67 @@ def test_model_result(model_result):
     assert [line.split(":")[1] for line in model_result["skipped"]] == [
         " the model ends at 256"
     ] * 2
+
+
+def test_profile_of_a_step(monkeypatch, committed):
+    """Ops stand in for the kernels that a GPU would run: the trace is otherwise a real one."""
+    tiny = replace(
+        glm4.PRESETS["glm-4-9b-0414"],
+        layers=2, hidden=128, ffn=192, heads=4, kv_heads=2, vocab=320, max_positions=256,
+        eos_token_ids=(0,),
+    )  # fmt: skip
+    monkeypatch.setitem(glm4.PRESETS, "tiny", tiny)
+    monkeypatch.setattr(gpu, "measure_ceilings", lambda device: CEILINGS)
+    real = step_profile.trace
+
+    def trace(call):
+        events = real(call)
+        ops = [e for e in events if e.get("cat") == "cpu_op" and e["name"] in KERNELS]
+        for i, e in enumerate(ops):
+            args = {"correlation": i}
+            events.append({"cat": "cuda_runtime", "name": "launch", "ts": e["ts"], "args": args})
+            late = {"ts": e["ts"] + 1000, "dur": e["dur"], "args": args}  # the device lags behind
+            events.append({"cat": "kernel", "name": e["name"], **late})
+        return events
+
+    KERNELS = {f"glm4_kernels::{op}" for op in ("sandwich_norm", "rope_kv_write", "flash_decode")}
+    KERNELS |= {"aten::linear", "aten::embedding", "aten::argmax", "aten::gather"}
+    monkeypatch.setattr(step_profile, "trace", trace)
+    *_, result = gpu.profile(Plan("tiny", batches=(1, 3), contexts=(70,)), CPU)
+    result = json.loads(json.dumps(result))
+    _, three = result["profiles"]
+    ops = {row["op"]: row for row in three["budget"]}
+    assert {op: row["kernels"] for op, row in ops.items()} == {
+        "qkv": 2, "o": 2, "gate_up": 2, "down": 2, "lm_head": 1, "embedding": 1,
+        "sandwich_norm": 4, "rope_kv_write": 2, "flash_decode": 2, "choose": 1, "rest": 1,
+    }  # fmt: skip
+    assert three["us"] == pytest.approx(sum(row["us"] for row in ops.values()))
+    assert {row["kernel"] for row in three["kernels"]} == KERNELS
+    gate_up = 2 * 2 * (128 * 2 * 192 + 3 * (128 + 2 * 192))
+    assert ops["gate_up"]["floor_us"] == pytest.approx(gate_up / CEILINGS.read * 1e6)
+    assert ops["rest"]["floor_us"] is None
+
+    folder = committed / "results" / "cpu"
+    (folder / "profile.json").write_text(json.dumps({"provenance": ORIGIN, **result}))
+    assert report_on(committed) == 0
+    text = (committed / "README.md").read_text()
+    assert "Where a decode step of tiny goes: batch 3, 70 tokens cached" in text
+    assert "| gate_up | 1 | " in text and "| aten::linear | 9 | " in text
+
+
+def test_budget_of_other_kernels_is_an_error():
+    def kernels(*names):
+        return [step_profile.Kernel(n, 10.0 * i, 7.0, f"op {n}") for i, n in enumerate(names)]
+
+    budget = step_profile.budget_rows(kernels("a", "b", "a"), kernels("a", "b", "a"), {}, 1.0)
+    assert [(row["op"], row["kernels"], row["us"], row["gap_us"]) for row in budget] == [
+        ("op a", 2, 14.0, 3.0),
+        ("op b", 1, 7.0, 3.0),
+    ]
+    with pytest.raises(ValueError, match="kernel 1 is c in the replay, b in the call"):
+        step_profile.budget_rows(kernels("a", "b"), kernels("a", "c"), {}, 1.0)
+    with pytest.raises(ValueError, match="1 kernels in the replay, 2 in the call"):
+        step_profile.budget_rows(kernels("a", "b"), kernels("a"), {}, 1.0)
 
 
 # Heats of whole models on the CPU
@@ -605,6 +687,8 @@ def test_report_writes_the_tables(committed):
         "| double | 1,000 values |",
         "x peer |",
         "tiny, bfloat16, random weights",
+        "| decode step in a CUDA graph, drawn | 3 | 70 cached |",
+        "| prompt, glm4 | 1 | 9 |",
         "**tiny, 3 layers, vocabulary 320, 16 tokens of prompt, random weights**",
         "| glm4 int4 | prefill | gate_up |",
     ):

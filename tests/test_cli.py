@@ -14,10 +14,11 @@ import warnings
 import pytest
 import torch
 from checkpoints import split_into_shards, write_checkpoint, write_json, write_tokenizer
+from recorded_graphs import RecordedGraphs
 from rich.console import Console
 
 import glm4
-from glm4 import checkpoint, cli
+from glm4 import checkpoint, cli, decoder
 from glm4.cli import main
 from glm4.tokenizer import Tokenizer
 
@@ -47,6 +48,12 @@ def test_generate_writes_what_the_model_says(checkpoint_folder, capsys):
     tokens = glm4.load(checkpoint_folder).generate([tokenizer.encode("the word")], 12)[0]
     assert out == tokenizer.decode(tokens) + "\n"
     assert re.fullmatch(SPEEDS, err) and f"decode {len(tokens) - 1} tokens" in err
+
+
+def test_warm_up_is_told(checkpoint_folder, capsys, monkeypatch):
+    monkeypatch.setitem(decoder.GRAPHS, "cpu", RecordedGraphs)  # as on a GPU
+    assert generate(checkpoint_folder, "--max-new-tokens", "12") == 0
+    assert re.search(r"\), \d+\.\d\d s of it warm-up on cpu in float32\n$", capsys.readouterr().err)
 
 
 def test_prompt_from_stdin(checkpoint_folder, capsys, monkeypatch):
