@@ -125,6 +125,7 @@ def measure_model(
         result["relative_l2_of_logits"] = distance
     prompts = torch.randint(config.vocab, (max(plan.generate_batches, default=0), plan.prompt))
     for name, engine in engines.items():  # theirs last: it compiles for minutes
+        model.decoder = None  # frees pages and graphs
         for batch in plan.generate_batches:
             say(f"{plan.model}: {name} generates {batch} x {plan.new_tokens} tokens")
             try:

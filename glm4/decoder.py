@@ -13,8 +13,9 @@ writes nothing, attends to nothing, and no other row sees it.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Batch sizes that a step runs at; the number of running sequences is padded up to one of them, or
-# to the most that may run. A GPU has a graph for each; a CPU has none and would pay for padding.
+# Batch sizes that a step runs at, to which the number of running sequences is padded up. A GPU has
+# a graph for each; a CPU has none and would pay for padding.
 BUCKETS: dict[str, Sequence[int]] = {
     "cpu": range(1, 1 << 16),
-    "cuda": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+    "cuda": (1, 2, 4, 8, 16, 24, 32, 48, *range(64, 1 << 16, 64)),
 }
 
 
@@ -94,8 +95,8 @@ class Decoder:
     ) -> None:
         device = model.device
         self.model, self.cache, self.sampling = model, cache, sampling
-        self.on_warmup = on_warmup or (lambda what, seconds: None)
-        self.buckets = [n for n in BUCKETS[device.type] if n < capacity] + [capacity]
+        self.on_warmup = on_warmup
+        capacity = bucket_of(capacity, device)
         n_draws = max_new_tokens if sampling.temperature else 0
         n_seen = model.config.vocab if sampling.repetition_penalty != 1.0 else 0
         self.rows = Rows(
@@ -113,6 +114,29 @@ class Decoder:
         self.replays: dict[int, Callable[[], None]] = {}  # by bucket
         self.warm: set[str] = set()  # what has run before
 
+    def serves(
+        self,
+        sampling: Sampling,
+        capacity: int,
+        n_pages: int,
+        max_pages: int,
+        max_new_tokens: int,
+    ) -> bool:
+        """Whether another generation could run here; its random numbers come with its rows."""
+        rows = self.rows
+        return (
+            replace(sampling, seed=None) == replace(self.sampling, seed=None)
+            and capacity <= len(rows.tokens)
+            and n_pages <= self.cache.n_pages
+            and max_pages <= rows.block_table.shape[1]
+            and (not sampling.temperature or max_new_tokens <= rows.uniforms.shape[1])
+        )
+
+    def clear(self) -> None:
+        """Makes padding of all rows."""
+        self.rows.positions.fill_(-1)
+        self.rows.n_new.zero_()
+
     def join(self, row: int, source: Rows, source_row: int) -> None:
         self.rows.copy_row(row, source, source_row)
 
@@ -126,8 +150,7 @@ class Decoder:
     def step(self, n_rows: int) -> Callable[[], list[int]]:
         """Launches a step of the first `n_rows` rows; the function returned waits for its tokens,
         and raises IndexError if a kernel has met an index out of range."""
-        bucket = next(n for n in self.buckets if n >= n_rows)
-        self.launch(bucket)
+        self.launch(bucket_of(n_rows, self.model.device))
         read = self._results_later(self.results)
         return lambda: read()[:n_rows]
 
@@ -153,7 +176,7 @@ class Decoder:
         if graphs is None:
             run()
         elif (first := f"first step of {bucket} rows") not in self.warm:
-            self.counted(first, lambda: graphs.warm_up(run))
+            self.counted(first, run)
         else:
             if bucket not in self.replays:
                 capture = f"CUDA graph of {bucket} rows"
@@ -167,7 +190,8 @@ class Decoder:
         self.warm.add(what)
         began = time.perf_counter()
         result = call()
-        self.on_warmup(what, time.perf_counter() - began)
+        if self.on_warmup is not None:
+            self.on_warmup(what, time.perf_counter() - began)
         return result
 
     def run(self, bucket: int) -> None:
@@ -188,25 +212,22 @@ class Decoder:
         self.results[len(self.rows.tokens) :].copy_(self.flags)
 
 
+def bucket_of(n_rows: int, device: torch.device) -> int:
+    sizes = BUCKETS[device.type]
+    return sizes[bisect_left(sizes, n_rows)]
+
+
 class CudaGraphs:
     """Captures on one side stream, into one memory pool: what a graph allocates is free again when
     it ends, so that all of them can share it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self, call: Callable[[], None]) -> None:
-        """Runs a call where it will be captured, so that nothing is compiled or loaded then."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            call()
-        current.wait_stream(self.stream)
-
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        """What replays a call that has run before; capturing runs nothing."""
+        """What replays a call that has run before, so that nothing is compiled or loaded here;
+        capturing runs nothing."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             call()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from glm4.cache import PAGE_SIZE, Step
-from glm4.decoder import Decoder, Rows, to_device
+from glm4.decoder import GRAPHS, Decoder, Rows, to_device
 from glm4.sampling import Sampling
 from glm4_kernels.library import bad_type, bad_value
 
@@ -153,8 +153,10 @@ def _plan_pages(
     needs = [_pages_for(length, max_new_tokens) for length in lengths]
     room = f"{n_pages} pages of cache (n_pages)"
     if n_pages is None:
-        affordable = int(CACHE_SHARE * free_bytes(model.device)) // page_bytes
-        n_pages = min(sum(sorted(needs)[-max_batch:]), affordable)
+        kept = model.decoder.cache.n_pages if model.decoder else 0  # free once it does not serve
+        affordable = int(CACHE_SHARE * (free_bytes(model.device) + kept * page_bytes)) // page_bytes
+        wanted = sum(sorted(needs)[-max_batch:])
+        n_pages = min(_roomy(wanted) if model.device.type in GRAPHS else wanted, affordable)
         room = f"the {_gib(n_pages * page_bytes)} that a cache may take on {model.device}"
     context = f"{config.max_positions} tokens (the model's context)"
     for index, (length, need) in enumerate(zip(lengths, needs, strict=True)):
@@ -165,6 +167,13 @@ def _plan_pages(
         if need > n_pages:
             raise bad_value("generate", name, f"within {room}", actual)
     return n_pages
+
+
+def _roomy(n: int) -> int:
+    """Up to an eighth or 64 more, so that what is made for it serves the next, slightly longer
+    generation too."""
+    step = max(64, (1 << n.bit_length()) // 16)
+    return -(-n // step) * step
 
 
 def _pages_for(length: int, max_new_tokens: int) -> int:
@@ -232,17 +241,38 @@ class _Engine:
         if not waiting:
             return
         self.free = list(range(n_pages))
-        self.cache = self.model.new_cache(n_pages)
-        self.max_pages = max(_pages_for(len(p), self.max_new_tokens) for _, p in waiting)
-        self.decoder = Decoder(
+        max_pages = max(_pages_for(len(prompt), self.max_new_tokens) for _, prompt in waiting)
+        self.decoder = self.prepared(capacity, n_pages, max_pages)
+        try:
+            yield from self.served(waiting, capacity)
+        finally:
+            if self.decoder.graphs is not None:
+                self.model.decoder = self.decoder
+
+    def prepared(self, capacity: int, n_pages: int, max_pages: int) -> Decoder:
+        """The decoder of the last generation, with its pages and graphs, if it serves this one."""
+        sizes = (capacity, n_pages, max_pages, self.max_new_tokens)
+        decoder, self.model.decoder = self.model.decoder, None
+        if decoder is not None and decoder.serves(self.sampling, *sizes):
+            decoder.clear()
+            decoder.on_warmup = self.on_warmup
+            return decoder
+        del decoder  # and its memory
+        cache = self.model.new_cache(n_pages)
+        return Decoder(
             self.model,
-            self.cache,
+            cache,
             self.sampling,
             capacity,
-            self.max_pages,
-            self.max_new_tokens,
+            _roomy(max_pages),
+            _roomy(self.max_new_tokens),
             self.on_warmup,
         )
+
+    def served(
+        self, waiting: deque[tuple[int, Tensor]], capacity: int
+    ) -> Iterator[tuple[int, int]]:
+        """The engine's loop."""
         while waiting or self.running or self.in_flight:
             self.retire()
             starting = self.admitted(waiting, capacity)
@@ -292,8 +322,12 @@ class _Engine:
         """Prompts before their prefill: the last token of each is its current one."""
         device, options = self.model.device, self.sampling
         prompts = [sequence.prompt for sequence in group]
-        tables = [s.pages + [-1] * (self.max_pages - len(s.pages)) for s in group]
-        uniforms = [options.uniforms(s.index, self.max_new_tokens) for s in group]
+        max_pages, max_draws = (
+            columns.shape[1]
+            for columns in (self.decoder.rows.block_table, self.decoder.rows.uniforms)
+        )
+        tables = [s.pages + [-1] * (max_pages - len(s.pages)) for s in group]
+        uniforms = [options.uniforms(s.index, max_draws) for s in group]
         seen = [options.seen(prompt, self.model.config.vocab) for prompt in prompts]
         columns = (
             torch.stack([prompt[-1] for prompt in prompts]),
@@ -320,7 +354,7 @@ class _Engine:
             if len(group) == 1:
                 spans = [(start, start + len(tokens))]
             step = Step(tokens, positions, slots, rows.block_table, spans=tuple(spans))
-            forward = partial(self.model.forward, step, self.cache)
+            forward = partial(self.model.forward, step, self.decoder.cache)
             hidden = self.decoder.counted("first pass over a prompt", forward)
             if start + len(tokens) < packed.shape[1]:
                 yield None

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ import glm4_kernels as gk
 from glm4.attention import Chunk, chunks_of, prefill_attention
 from glm4.cache import PAGE_SIZE, Cache, Step
 from glm4_kernels.library import bad_value
+
+if TYPE_CHECKING:
+    from glm4.decoder import Decoder
 
 # A weight as `linear` takes it: a tensor, or what `gk.quantize` made of one.
 Weight = Any
@@ -166,6 +169,9 @@ class Model:
     """The weights of one GLM-4 on one device, and the passes over them."""
 
     path: Path | None = None  # the folder it was loaded from, where its tokenizer lies
+    # Of the last generation: its pages and graphs serve the next one. Who replaces a weight by
+    # another tensor sets this to None, since graphs hold addresses.
+    decoder: Decoder | None = None
 
     def __init__(
         self,
@@ -224,6 +230,7 @@ class Model:
 
     def new_cache(self, n_pages: int) -> Cache:
         config = self.config
+        self.decoder = None  # whose cache may take most of the memory
         return Cache(
             config.layers, n_pages, config.kv_heads, config.head_dim, self.dtype, self.device
         )

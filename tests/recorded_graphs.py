@@ -99,9 +99,6 @@ class RecordedGraphs:
     def __init__(self, device: torch.device) -> None:
         self.captures = self.replays = 0
 
-    def warm_up(self, call) -> None:
-        call()
-
     def capture(self, call):
         self.captures += 1
         with Undone(), recording() as recorded:

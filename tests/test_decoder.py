@@ -38,9 +38,10 @@ def model():
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch):
+def as_on_a_gpu(model, monkeypatch):
     """Buckets, graphs and the order of launching and reading; the graphs made."""
     made = []
+    model.decoder = None
 
     def graphs(device):
         made.append(RecordedGraphs(device))
@@ -49,7 +50,8 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setitem(decoder.BUCKETS, "cpu", (1, 2, 4, 8))
     monkeypatch.setitem(decoder.GRAPHS, "cpu", graphs)
     monkeypatch.setitem(generation.STEPS_AHEAD, "cpu", 1)
-    return made
+    yield made
+    model.decoder = None
 
 
 def options_of(sampling: Sampling) -> dict:
@@ -80,6 +82,36 @@ def test_replayed_steps_are_called_steps(model, monkeypatch, request, limits, sa
     made = request.getfixturevalue("as_on_a_gpu")
     assert model.generate(prompts, 40, **options) == called
     assert made[0].captures >= min(2, limits.get("max_batch", 2)) and made[0].replays > 5
+
+
+def test_graphs_serve_the_next_generation(model, as_on_a_gpu):
+    options = {"temperature": 0.9, "stop_token_ids": range(0, 101, 20)}
+    longer, shorter = make_prompts([90, 70, 130]), make_prompts([5, 64], seed=3)
+    first = model.generate(longer, 20, seed=1, **options)
+    assert model.generate(longer, 20, seed=1, **options) == first
+    assert model.generate(longer, 20, seed=9, **options) != first
+    fresh = [
+        model.generate([prompt], 15, seed=4 + i, **options)[0] for i, prompt in enumerate(shorter)
+    ]
+    interrupted = generation.stream(model, longer, 20, seed=1, **options)
+    next(interrupted)
+    assert model.generate(shorter, 15, seed=4, **options) == fresh, "while another one runs"
+    interrupted.close()
+    assert model.generate(shorter, 15, seed=4, **options) == fresh
+    assert len(as_on_a_gpu) == 2, "one decoder for all, and one for two at a time"
+    captures = as_on_a_gpu[0].captures
+    assert captures <= 3, "each bucket once"
+
+    options["temperature"] = 0.5
+    model.generate(shorter, 15, seed=4, **options)
+    assert len(as_on_a_gpu) == 3, "other constants are in the graph"
+    model.generate(make_prompts([200, 100]), 40, seed=4, **options)
+    assert len(as_on_a_gpu) == 3, "room for a little more"
+    model.generate(shorter, 150, seed=4, **options)
+    assert len(as_on_a_gpu) == 4, "more draws than were thought of"
+    kept = weakref.ref(model.decoder)
+    model.logits(torch.tensor([[1, 2]]))
+    assert kept() is None, "its pages are free for another cache"
 
 
 def test_warm_up_is_reported(model, as_on_a_gpu):
@@ -209,6 +241,7 @@ def test_bad_logits_in_a_replayed_step(model, monkeypatch):
     embedding = model.embedding.clone()
     embedding[poisoned] = torch.nan
     monkeypatch.setattr(model, "embedding", embedding)
+    model.decoder = None
     good = []
     with pytest.raises(FloatingPointError, match=r"prompts\[1\] became NaN"):  # noqa: PT012
         for index, token in model_stream(model, prompts):

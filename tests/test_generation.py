@@ -29,6 +29,7 @@ class PagedHash:
 
     device = torch.device("cpu")
     dtype = torch.float32
+    decoder = None
     config = SimpleNamespace(
         layers=40, kv_heads=2, head_dim=128, vocab=VOCAB, max_positions=MAX_POSITIONS,
         eos_token_ids=(STOP,),
