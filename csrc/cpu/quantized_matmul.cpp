@@ -137,7 +137,7 @@ void quantized_matmul_cpu(const QuantizedMatmul& problem, int64_t activation_gro
             const int64_t m1 = variant.row_block(m, rows, row_block);
             for (int64_t tile = block * block_tiles; tile < end;) {
                 const int64_t left = std::min(panel, end - tile);
-                const Part part{m0, m1, tile, left == 3 ? 2 : int(left)};  // 4, 2 or 1 tiles
+                const Part part{m0, m1, tile, int(left)};
                 multiply(problem, a, part, c);
                 if (problem.swiglu) {
                     multiply(problem, a, {m0, m1, tiles + tile, part.tiles}, c + c_size);

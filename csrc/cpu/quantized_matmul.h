@@ -29,7 +29,7 @@ struct Prefetch {
 struct Part {
     int64_t m0, m1;
     int64_t tile;
-    int tiles;  // 1, 2 or 4
+    int tiles;  // 1 or 2
 };
 
 // All variants give the same bits.

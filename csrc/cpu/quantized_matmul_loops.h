@@ -128,10 +128,13 @@ static void convert_rows(const QuantizedMatmul& problem, const Activations& a, i
 // ---- int8 activations
 
 // sums [MT][NT * 16] += chunks of x times NT tiles of W: for each chunk, step * its integer sum.
+// Inlined, so that the sums of a group stay in registers.
 template <int BITS, int MT, int NT>
-static void add_chunks(const uint8_t* const (&w)[NT], const int8_t* x, const int32_t* offset,
-                       const float* step, int64_t columns, int64_t chunk, float* sums,
-                       Prefetch& prefetch) {
+__attribute__((always_inline)) static inline void add_chunks(const uint8_t* const (&w)[NT],
+                                                             const int8_t* x, const int32_t* offset,
+                                                             const float* step, int64_t columns,
+                                                             int64_t chunk, float* sums,
+                                                             Prefetch& prefetch) {
     if constexpr (Lanes::by_hand(MT, NT)) {
         return Lanes::template add_chunks<BITS, MT>(w, x, offset, step, columns, chunk, sums,
                                                     prefetch);
@@ -261,24 +264,20 @@ static void multiply_rows(const QuantizedWeight& w, const Activations& a, int64_
     const auto rows = [&](auto multiply) {
         multiply(w, a, m0, tile, k0, k1, factors, c, prefetch);
     };
+    constexpr int MOST = Lanes::M_TILE;  // others are not compiled
     switch (count) {
         case 1:
             return rows(multiply_tiles<BITS, GROUPED, 1, NT>);
         case 2:
-            return rows(multiply_tiles < BITS, GROUPED, (NT < 4 && Lanes::M_TILE >= 2) ? 2 : 1,
-                        NT >);
+            return rows(multiply_tiles < BITS, GROUPED, MOST < 2 ? 1 : 2, NT >);
         case 3:
-            return rows(multiply_tiles < BITS, GROUPED, (NT < 4 && Lanes::M_TILE >= 3) ? 3 : 1,
-                        NT >);
+            return rows(multiply_tiles < BITS, GROUPED, MOST < 3 ? 1 : 3, NT >);
         case 4:
-            return rows(multiply_tiles < BITS, GROUPED, (NT < 4 && Lanes::M_TILE >= 4) ? 4 : 1,
-                        NT >);
+            return rows(multiply_tiles < BITS, GROUPED, MOST < 4 ? 1 : 4, NT >);
         case 5:
-            return rows(multiply_tiles < BITS, GROUPED, (NT < 4 && Lanes::M_TILE >= 5) ? 5 : 1,
-                        NT >);
+            return rows(multiply_tiles < BITS, GROUPED, MOST < 5 ? 1 : 5, NT >);
         default:
-            return rows(multiply_tiles < BITS, GROUPED, (NT < 4 && Lanes::M_TILE >= 6) ? 6 : 1,
-                        NT >);
+            return rows(multiply_tiles < BITS, GROUPED, MOST < 6 ? 1 : 6, NT >);
     }
 }
 
@@ -324,7 +323,6 @@ static void multiply_panel(const QuantizedMatmul& problem, const Activations& a,
 template <int BITS, bool GROUPED>
 static void multiply_some(const QuantizedMatmul& problem, const Activations& a, const Part& part,
                           float* c) {
-    if (part.tiles == 4) return multiply_panel<BITS, GROUPED, 4>(problem, a, part, c);
     if (part.tiles == 2) return multiply_panel<BITS, GROUPED, 2>(problem, a, part, c);
     return multiply_panel<BITS, GROUPED, 1>(problem, a, part, c);
 }
