@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import copy
+import mmap
+
 import pytest
 import torch
 
 from glm4_kernels.quantized_weight import (
+    HUGE_PAGE,
     QuantizedWeight,
     pack_rows,
     pack_tiles,
@@ -62,6 +66,25 @@ def test_codes_come_back(bits, group_size, zero_dtype, scale_dtype):
     exact = (scale.double().unsqueeze(-1) * (groups - z)).flatten(1)
     error = (qweight.dequantize(torch.float64) - exact).abs()
     assert (error <= 2e-7 * exact.abs() + 1e-6 * scale.abs().max()).all()
+
+
+@pytest.mark.parametrize("zero_dtype", [None, torch.uint8])
+def test_copies_share_nothing_and_lie_as_well(zero_dtype):
+    n, k = 528, 8192  # two huge pages and a bit
+    u = torch.randint(0, 256, (n, k), dtype=torch.uint8)
+    zero_point = None if zero_dtype is None else torch.full((n, 1), 7, dtype=zero_dtype)
+    order = torch.arange(k).flip(0)
+    first = QuantizedWeight.from_codes(u, torch.rand(n, 1), zero_point, 8, None, order.clone())
+    scale = first.codes()[1].clone()
+    second = copy.deepcopy(first)
+    for tensor in (first.packed, first.scale, first.zero_point, first.order):
+        if tensor is not None:
+            tensor.zero_()
+    assert torch.equal(second.codes()[0], u) and torch.equal(second.codes()[1], scale)
+    assert zero_point is None or torch.equal(second.codes()[2], zero_point)
+    assert torch.equal(second.order, order)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert first.packed.data_ptr() % HUGE_PAGE == second.packed.data_ptr() % HUGE_PAGE == 0
 
 
 def test_an_order_that_changes_nothing_is_dropped():

@@ -66,6 +66,7 @@ static void quantize_run(const QuantizedMatmul& problem, const Activations& a, i
     const auto load = [&](int64_t row, int64_t k) {
         return Lanes::load_as_float(problem.x, problem.dtype, (m0 + row) * w.k + k);
     };
+    Float value[Lanes::M_TILE][MAX_CHUNK / TILE_ROWS];
     alignas(64) int8_t rounded[Lanes::M_TILE][MAX_CHUNK];
     float steps_in_one[Lanes::M_TILE], totals[Lanes::M_TILE] = {};
     int64_t left_in_group = w.group_size;
@@ -74,7 +75,8 @@ static void quantize_run(const QuantizedMatmul& problem, const Activations& a, i
         for (int64_t row = 0; row < n_rows; ++row) {
             Int magnitude = Lanes::set(int32_t(0));
             for (int64_t j = 0; j < count; j += TILE_ROWS) {
-                magnitude = Lanes::larger_magnitude(magnitude, load(row, k + j));
+                value[row][j / TILE_ROWS] = load(row, k + j);
+                magnitude = Lanes::larger_magnitude(magnitude, value[row][j / TILE_ROWS]);
             }
             const int32_t largest = Lanes::largest(magnitude);
             step[row] = from_bits(uint32_t(largest)) / 127.0f;
@@ -87,7 +89,8 @@ static void quantize_run(const QuantizedMatmul& problem, const Activations& a, i
                 const Float factor = Lanes::set(steps_in_one[row]);
                 Int sums = Lanes::set(int32_t(0));
                 for (int64_t j = 0; j < count; j += TILE_ROWS) {
-                    const Int nearest = Lanes::nearest(Lanes::mul(load(row, k + j), factor));
+                    const Int nearest =
+                        Lanes::nearest(Lanes::mul(value[row][j / TILE_ROWS], factor));
                     sums = Lanes::add(sums, Lanes::clamp_and_store(rounded[row] + j, nearest));
                 }
                 sum = Lanes::total(sums);
@@ -97,7 +100,8 @@ static void quantize_run(const QuantizedMatmul& problem, const Activations& a, i
             offset[row] = (bias - middle) * sum;
             totals[row] += step[row] * float(sum);
         }
-        for (int64_t j = 0; j < count; j += 4) {
+        if (n_rows == 1) memcpy(q, rounded, size_t(count)), q += count;
+        for (int64_t j = 0; n_rows > 1 && j < count; j += 4) {
             for (int64_t row = 0; row < n_rows; ++row, q += 4) memcpy(q, rounded[row] + j, 4);
         }
         left_in_group -= count;
@@ -128,13 +132,10 @@ static void convert_rows(const QuantizedMatmul& problem, const Activations& a, i
 // ---- int8 activations
 
 // sums [MT][NT * 16] += chunks of x times NT tiles of W: for each chunk, step * its integer sum.
-// Inlined, so that the sums of a group stay in registers.
 template <int BITS, int MT, int NT>
-__attribute__((always_inline)) static inline void add_chunks(const uint8_t* const (&w)[NT],
-                                                             const int8_t* x, const int32_t* offset,
-                                                             const float* step, int64_t columns,
-                                                             int64_t chunk, float* sums,
-                                                             Prefetch& prefetch) {
+__attribute__((always_inline)) static inline void add_chunks_here(
+    const uint8_t* const (&w)[NT], const int8_t* x, const int32_t* offset, const float* step,
+    int64_t columns, int64_t chunk, float* sums, Prefetch& prefetch) {
     if constexpr (Lanes::by_hand(MT, NT)) {
         return Lanes::template add_chunks<BITS, MT>(w, x, offset, step, columns, chunk, sums,
                                                     prefetch);
@@ -169,6 +170,14 @@ __attribute__((always_inline)) static inline void add_chunks(const uint8_t* cons
     }
 }
 
+// A single row's sums of a group stay in registers; for more it would be the wrong ones that do.
+template <int BITS, int MT, int NT>
+static void add_chunks(const uint8_t* const (&w)[NT], const int8_t* x, const int32_t* offset,
+                       const float* step, int64_t columns, int64_t chunk, float* sums,
+                       Prefetch& prefetch) {
+    add_chunks_here<BITS, MT, NT>(w, x, offset, step, columns, chunk, sums, prefetch);
+}
+
 // c [MT][NT * 16] += columns k0 .. k1 of MT rows of x times NT tiles of W. GROUPED: the scale of W
 // is applied group by group; else there is one per row, for `finish_rows` to apply. `factors`: see
 // `load_factors`; for Lanes that work by hand.
@@ -196,7 +205,9 @@ static void multiply_tiles(const QuantizedWeight& w, const Activations& a, int64
     for (int64_t group = k0 / w.group_size; group < k1 / w.group_size; ++group, total += MT) {
         alignas(64) float sums[MT * NT * TILE_ROWS];
         for (float& sum : sums) sum = 0.0f;
-        add_chunks<BITS, MT, NT>(packed, x, offset, step, w.group_size, a.chunk, sums, prefetch);
+        constexpr auto add =
+            MT * NT == 1 ? add_chunks_here<BITS, MT, NT> : add_chunks<BITS, MT, NT>;
+        add(packed, x, offset, step, w.group_size, a.chunk, sums, prefetch);
         for (int n = 0; n < NT; ++n) packed[n] += w.group_size * TILE_ROWS * BITS / 8;
         x += w.group_size * MT, step += chunks * MT, offset += chunks * MT;
 
