@@ -198,7 +198,7 @@ class Decoder:
         """The step itself, on the first `bucket` rows: what a graph replays."""
         rows = self.rows.first(bucket)
         positions = rows.positions.clamp(min=0)
-        pages = rows.block_table.gather(1, (positions // PAGE_SIZE)[:, None])[:, 0].long()
+        pages = rows.block_table.gather(1, (positions // PAGE_SIZE)[:, None])[:, 0]
         slots = pages * PAGE_SIZE + positions % PAGE_SIZE
         step = Step(
             tokens=rows.tokens,
@@ -254,6 +254,6 @@ def read_later(values: Tensor) -> Callable[[], list[int]]:
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copies from the host without waiting for what the device has to do before."""
-    if device.type != "cuda":
+    if device.type != "cuda" or values.numel() == 0:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
