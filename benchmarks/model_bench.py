@@ -237,7 +237,9 @@ def decoder_at(
 def rewind(decoder: Decoder, context: int) -> None:
     """The next step again attends to `context` tokens, its own included."""
     decoder.rows.positions.fill_(context - 1)
-    decoder.rows.n_new.zero_()
+    decoder.rows.seq_lens.fill_(context)
+    decoder.rows.active.fill_(True)
+    decoder.rows.n_drawn.zero_()
 
 
 def measure_first_token(

@@ -6,8 +6,8 @@ Nothing in it waits for the host or depends on it, so on a GPU the step is captu
 a few batch sizes as a CUDA graph, and replayed; the host writes rows of the buffers when a sequence
 joins or leaves, and reads chosen tokens when they have come. On a CPU the same code is called.
 
-Rows past the running sequences are padding: position -1, hence slot -1 and length 0. A padded row
-writes nothing, attends to nothing, and no other row sees it.
+Rows past the running sequences are padding: not active, so their slot is -1, and of length 0. A
+padded row writes nothing, attends to nothing, and no other row sees it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class Rows:
     """What the device knows of B sequences: the first dimension of each tensor."""
 
     tokens: Tensor  # [B] int64, chosen last and not yet in the cache
-    positions: Tensor  # [B] int64, of `tokens`; -1 is a padded row
-    n_new: Tensor  # [B] int64, tokens made so far
+    positions: Tensor  # [B] int64, of `tokens`
+    seq_lens: Tensor  # [B] int32, with `tokens`: positions + 1, or 0 in a padded row
+    active: Tensor  # [B] bool, not padding
+    n_drawn: Tensor  # [B] int64, of `uniforms`
     block_table: Tensor  # [B, max_pages] int32
     uniforms: Tensor  # [B, max_new_tokens] float64, or [B, 0]
     seen: Tensor  # [B, vocab] bool, or [B, 0]
@@ -64,12 +66,14 @@ class Rows:
         """The next token of each row, which becomes its current one: [B] int64, -1 on NaN."""
         uniform = None
         if self.uniforms.shape[1]:
-            uniform = self.uniforms.gather(1, self.n_new[:, None])[:, 0]
+            uniform = self.uniforms.gather(1, self.n_drawn[:, None])[:, 0]
         chosen = sampling.choose(logits, uniform, self.seen)
-        active = self.positions >= 0
-        self.tokens.copy_(chosen.clamp(min=0))  # a step may run on it before the host has seen -1
-        self.positions.add_(active)
-        self.n_new.add_(active)
+        # A step may run on a -1 before the host has seen it.
+        torch.clamp(chosen, min=0, out=self.tokens)
+        self.positions.add_(self.active)
+        self.seq_lens.add_(self.active)
+        if uniform is not None:
+            self.n_drawn.add_(self.active)
         return chosen
 
 
@@ -101,15 +105,18 @@ class Decoder:
         n_seen = model.config.vocab if sampling.repetition_penalty != 1.0 else 0
         self.rows = Rows(
             tokens=torch.zeros(capacity, dtype=torch.int64, device=device),
-            positions=torch.full((capacity,), -1, dtype=torch.int64, device=device),
-            n_new=torch.zeros(capacity, dtype=torch.int64, device=device),
+            positions=torch.zeros(capacity, dtype=torch.int64, device=device),
+            seq_lens=torch.zeros(capacity, dtype=torch.int32, device=device),
+            active=torch.zeros(capacity, dtype=torch.bool, device=device),
+            n_drawn=torch.zeros(capacity, dtype=torch.int64, device=device),
             block_table=torch.full((capacity, max_pages), -1, dtype=torch.int32, device=device),
             uniforms=torch.zeros(capacity, n_draws, dtype=torch.float64, device=device),
             seen=torch.zeros(capacity, n_seen, dtype=torch.bool, device=device),
         )
-        # What the host reads: the chosen tokens, then the error flags of the kernels.
+        # What the host reads: the error flags of the kernels, then the chosen tokens.
         self.flags = error_flags(device)
-        self.results = torch.zeros(capacity + len(self.flags), dtype=torch.int64, device=device)
+        self.results = torch.zeros(len(self.flags) + capacity, dtype=torch.int64, device=device)
+        self.views: dict[int, tuple[Rows, Tensor]] = {}  # of both, by bucket
         self.graphs = GRAPHS[device.type](device) if device.type in GRAPHS else None
         self.replays: dict[int, Callable[[], None]] = {}  # by bucket
         self.warm: set[str] = set()  # what has run before
@@ -132,10 +139,11 @@ class Decoder:
             and (not sampling.temperature or max_new_tokens <= rows.uniforms.shape[1])
         )
 
-    def clear(self) -> None:
-        """Makes padding of all rows."""
-        self.rows.positions.fill_(-1)
-        self.rows.n_new.zero_()
+    def clear(self, first: int = 0) -> None:
+        """Makes padding of the rows from `first` on."""
+        rows = self.rows
+        for tensor in (rows.positions, rows.seq_lens, rows.active, rows.n_drawn):
+            tensor[first:].zero_()
 
     def join(self, row: int, source: Rows, source_row: int) -> None:
         self.rows.copy_row(row, source, source_row)
@@ -144,28 +152,27 @@ class Decoder:
         """`row` becomes what the last running row was, and that one padding."""
         if row != last:
             self.rows.copy_row(row, self.rows, last)
-        self.rows.positions[last] = -1
-        self.rows.n_new[last] = 0
+        self.clear(last)
 
     def step(self, n_rows: int) -> Callable[[], list[int]]:
         """Launches a step of the first `n_rows` rows; the function returned waits for its tokens,
         and raises IndexError if a kernel has met an index out of range."""
-        self.launch(bucket_of(n_rows, self.model.device))
-        read = self._results_later(self.results)
-        return lambda: read()[:n_rows]
+        bucket = bucket_of(n_rows, self.model.device)
+        self.launch(bucket)
+        return self._results_later(self.views[bucket][1], n_rows)
 
     def tokens_later(self, chosen: Tensor) -> Callable[[], list[int]]:
         """The same for tokens that were chosen elsewhere."""
-        return self._results_later(torch.cat((chosen, self.flags)))
+        return self._results_later(torch.cat((self.flags, chosen)), len(chosen))
 
-    def _results_later(self, results: Tensor) -> Callable[[], list[int]]:
+    def _results_later(self, results: Tensor, n_rows: int) -> Callable[[], list[int]]:
         read, n_flags = read_later(results), len(self.flags)
 
         def tokens() -> list[int]:
             values = read()
-            if any(values[-n_flags:]):
+            if any(values[:n_flags]):
                 raise_device_errors(self.flags.device)
-            return values[:-n_flags]
+            return values[n_flags : n_flags + n_rows]
 
         return tokens
 
@@ -196,20 +203,21 @@ class Decoder:
 
     def run(self, bucket: int) -> None:
         """The step itself, on the first `bucket` rows: what a graph replays."""
-        rows = self.rows.first(bucket)
-        positions = rows.positions.clamp(min=0)
-        pages = rows.block_table.gather(1, (positions // PAGE_SIZE)[:, None])[:, 0]
-        slots = pages * PAGE_SIZE + positions % PAGE_SIZE
+        if bucket not in self.views:
+            n_results = len(self.flags) + bucket
+            self.views[bucket] = self.rows.first(bucket), self.results[:n_results]
+        rows, results = self.views[bucket]
+        pages = rows.block_table.gather(1, (rows.positions // PAGE_SIZE)[:, None])[:, 0]
+        slots = torch.add(rows.positions % PAGE_SIZE, pages, alpha=PAGE_SIZE)
         step = Step(
             tokens=rows.tokens,
-            positions=positions,
-            slots=slots.where(rows.positions >= 0, -1),
+            positions=rows.positions,
+            slots=slots.where(rows.active, -1),
             block_table=rows.block_table,
-            seq_lens=(rows.positions + 1).int(),
+            seq_lens=rows.seq_lens,
         )
         logits = self.model.head(self.model.forward(step, self.cache))
-        self.results[:bucket].copy_(rows.advance(self.sampling, logits))
-        self.results[len(self.rows.tokens) :].copy_(self.flags)
+        torch.cat((self.flags, rows.advance(self.sampling, logits)), out=results)
 
 
 def bucket_of(n_rows: int, device: torch.device) -> int:
@@ -240,7 +248,8 @@ GRAPHS: dict[str, Callable[[torch.device], CudaGraphs]] = {"cuda": CudaGraphs}
 def read_later(values: Tensor) -> Callable[[], list[int]]:
     """Starts the copy to the host; the function returned waits for it, and for nothing newer."""
     if values.device.type != "cuda":
-        return values.clone().tolist
+        now = values.tolist()
+        return lambda: now
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.current_stream(values.device).record_event()

@@ -329,15 +329,18 @@ class _Engine:
         tables = [s.pages + [-1] * (max_pages - len(s.pages)) for s in group]
         uniforms = [options.uniforms(s.index, max_draws) for s in group]
         seen = [options.seen(prompt, self.model.config.vocab) for prompt in prompts]
-        columns = (
-            torch.stack([prompt[-1] for prompt in prompts]),
-            torch.tensor([len(prompt) - 1 for prompt in prompts]),
-            torch.zeros(len(group), dtype=torch.int64),
-            torch.tensor(tables, dtype=torch.int32),
-            torch.cat(uniforms),
-            torch.cat(seen),
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        rows = Rows(
+            tokens=torch.stack([prompt[-1] for prompt in prompts]),
+            positions=lengths - 1,
+            seq_lens=lengths.int(),
+            active=lengths > 0,
+            n_drawn=torch.zeros_like(lengths),
+            block_table=torch.tensor(tables, dtype=torch.int32),
+            uniforms=torch.cat(uniforms),
+            seen=torch.cat(seen),
         )
-        return Rows(*(to_device(column, device) for column in columns))
+        return Rows(*(to_device(tensor, device) for tensor in rows.tensors()))
 
     def prefill(self, group: list[_Sequence], rows: Rows) -> Iterator[Tensor | None]:
         """Writes prompts into the cache, several in one pass or one in several. Yields None after

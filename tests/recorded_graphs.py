@@ -128,9 +128,13 @@ class Undone(TorchDispatchMode):
             whole.copy_(before)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for argument, x in zip(func._schema.arguments, args, strict=False):
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+        given |= kwargs or {}
+        for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                storage = x.untyped_storage()
+                if given.get(argument.name) is None:
+                    continue
+                storage = given[argument.name].untyped_storage()
                 if storage.data_ptr() not in self.before:
                     whole = torch.empty(0, dtype=torch.uint8).set_(storage)
                     self.before[storage.data_ptr()] = whole, whole.clone()

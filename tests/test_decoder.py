@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from recorded_graphs import RecordedGraphs, Unsafe, recording
+from torch.utils._pytree import tree_leaves
 
 from glm4 import decoder, generation
 from glm4.cache import PAGE_SIZE
@@ -150,6 +151,8 @@ def running(model, sampling=None, rows=2, capacity=4, context=70) -> Decoder:
     for row in range(rows):
         it.rows.tokens[row] = 3 + row
         it.rows.positions[row] = context - 1 - 10 * row
+        it.rows.seq_lens[row] = context - 10 * row
+        it.rows.active[row] = True
         it.rows.block_table[row] = torch.tensor([3, 1, 2], dtype=torch.int32) + 4 * row
         it.rows.uniforms[row] = torch.rand(it.rows.uniforms.shape[1], generator=generator)
     return it
@@ -171,7 +174,7 @@ def test_padding_changes_nothing(model):
         for _ in range(12):
             clean.launch(4)
             dirty.launch(4)
-            assert torch.equal(clean.results[:2], dirty.results[:2])
+            assert torch.equal(clean.results[3:5], dirty.results[3:5])
             for mine, theirs in zip(bits_of_cache(clean), bits_of_cache(dirty), strict=True):
                 assert torch.equal(mine, theirs)
     # Each step has written one slot a running row and layer, and no other.
@@ -185,8 +188,9 @@ def test_padding_changes_nothing(model):
             page = int(table[row, position // PAGE_SIZE])
             expected.add((page, position % PAGE_SIZE))
     assert slots == expected
-    assert clean.rows.positions.tolist() == [81, 71, -1, -1]
-    assert clean.rows.n_new.tolist() == [12, 12, 0, 0]
+    assert clean.rows.positions.tolist() == [81, 71, 0, 0]
+    assert clean.rows.seq_lens.tolist() == [82, 72, 0, 0]
+    assert clean.rows.n_drawn.tolist() == [12, 12, 0, 0]
 
 
 def test_rows_agree_whatever_the_bucket(model):
@@ -197,7 +201,7 @@ def test_rows_agree_whatever_the_bucket(model):
             steps = []
             for _ in range(20):
                 it.launch(bucket)
-                steps.append(it.results[:2].tolist())
+                steps.append(it.results[3:5].tolist())
         texts.append(steps)
     assert texts[0] == texts[1] == texts[2]
 
@@ -222,15 +226,16 @@ def test_nothing_that_a_step_allocates_outlives_it(model):
     static |= {t.untyped_storage().data_ptr() for t in (*it.cache.k, *it.cache.v)}
     with torch.inference_mode(), recording() as mode:
         it.launch(4)
-        made = []
-        for *_, out in mode.calls:
-            for tensor in out if isinstance(out, tuple) else (out,):
-                if tensor.untyped_storage().data_ptr() not in static:
-                    made.append(weakref.ref(tensor))
-        del out, tensor
+        made = [
+            weakref.ref(tensor)
+            for call in mode.calls
+            for tensor in tree_leaves(call[3])
+            if tensor.untyped_storage().data_ptr() not in static
+        ]
         mode.calls.clear()
     gc.collect()
-    assert len(made) > 50 and [ref for ref in made if ref() is not None] == []
+    alive = [ref() for ref in made if ref() is not None]
+    assert len(made) > 50 and alive == [], [(t.shape, t.dtype) for t in alive]
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
