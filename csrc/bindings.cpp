@@ -12,6 +12,7 @@
 #include "cpu/swiglu.h"
 #include "flash_decode.h"
 #include "quantized_matmul.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 using glm4::Buffer;
@@ -33,8 +34,102 @@ static py::dict build_info() {
     return info;
 }
 
+// quantized_matmul_tensors(x, packed, scale, zero_point | None, bias | None, n, bits, group_size |
+// None, activation_group, swiglu, n_threads) -> y, or None for arguments that do not fit each
+// other, or not this kernel: Python then says why, or makes them fit. By hand, since this is called
+// some 160 times a token and a call of pybind11 with as many arguments takes 1.2 us.
+static PyObject* quantized_matmul_tensors(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
+    constexpr int TENSORS = 5, NUMBERS = 6, GROUP = 2;
+    if (n_args != TENSORS + NUMBERS) {
+        PyErr_SetString(PyExc_TypeError, "quantized_matmul_tensors takes 11 arguments");
+        return nullptr;
+    }
+    glm4::Tensor tensors[TENSORS] = {};
+    for (int i = 0; i < TENSORS; ++i) {
+        if (i >= 3 && args[i] == Py_None) continue;
+        if (!glm4::read_tensor(args[i], &tensors[i])) Py_RETURN_NONE;
+    }
+    int64_t numbers[NUMBERS] = {};
+    for (int i = 0; i < NUMBERS; ++i) {
+        if (i == GROUP && args[TENSORS + i] == Py_None) continue;
+        numbers[i] = PyLong_AsLongLong(args[TENSORS + i]);
+        if (numbers[i] == -1 && PyErr_Occurred()) return nullptr;
+    }
+    const auto& [x, packed, scale, zero_point, bias] = tensors;
+    const auto [n, bits, group, activation_group, swiglu, n_threads] = numbers;
+    const bool per_channel = args[TENSORS + GROUP] == Py_None;
+    constexpr int64_t LIMIT = int64_t(1) << 31;
+    constexpr int MAX_DIMS = 8, FLOATS = int(glm4::DType::float16);
+    if (x.dims < 1 || x.dims > MAX_DIMS || n < 1 || n >= LIMIT) Py_RETURN_NONE;
+    const int64_t k = x.shape[x.dims - 1], group_size = per_channel ? k : group;
+    if (k < 1 || k >= LIMIT || k % 32 || group_size < 32 || k % group_size) Py_RETURN_NONE;
+    int64_t m = 1;
+    for (int i = 0; i + 1 < x.dims; ++i) m *= x.shape[i];
+    const int64_t tiles = (n + glm4::TILE_ROWS - 1) / glm4::TILE_ROWS, groups = k / group_size;
+    const bool fits =
+        m > 0 && (bits == 4 || bits == 8) &&
+        (per_channel || group == 32 || group == 64 || group == 128) && x.dtype <= FLOATS &&
+        scale.dtype <= FLOATS && packed.dtype == int(glm4::DType::uint8) &&
+        packed.has_shape(tiles, glm4::TILE_ROWS * k * bits / 8) &&
+        scale.has_shape(tiles, groups, int64_t(glm4::TILE_ROWS)) &&
+        (args[3] == Py_None || zero_point.has_shape(tiles, groups, int64_t(glm4::TILE_ROWS))) &&
+        (args[4] == Py_None || (bias.dtype == x.dtype && bias.has_shape(n))) &&
+        (!swiglu || n % (2 * glm4::TILE_ROWS) == 0);
+    if (!fits) Py_RETURN_NONE;
+
+    const int64_t columns = swiglu ? n / 2 : n;
+    PyObject* new_empty[1 + MAX_DIMS] = {args[0]};
+    for (int i = 0; i < x.dims; ++i) {
+        new_empty[1 + i] = PyLong_FromLongLong(i + 1 < x.dims ? x.shape[i] : columns);
+    }
+    static PyObject* const name = PyUnicode_InternFromString("new_empty");
+    PyObject* y = PyObject_VectorcallMethod(name, new_empty, std::size_t(1 + x.dims), nullptr);
+    for (int i = 0; i < x.dims; ++i) Py_DECREF(new_empty[1 + i]);
+    if (!y) return nullptr;
+    glm4::Tensor result{};
+    if (!glm4::read_tensor(y, &result)) {
+        Py_DECREF(y);
+        Py_RETURN_NONE;
+    }
+    try {
+        const glm4::Arguments arguments{result.buffer,
+                                        x.buffer,
+                                        packed.buffer,
+                                        scale.buffer,
+                                        zero_point.buffer,
+                                        bias.buffer,
+                                        x.dtype,
+                                        scale.dtype,
+                                        zero_point.dtype,
+                                        m,
+                                        n,
+                                        k,
+                                        int(bits),
+                                        group_size};
+        const auto problem =
+            glm4::checked_quantized_matmul(arguments, glm4::Layout::tiles, swiglu != 0);
+        py::gil_scoped_release release;
+        glm4::quantized_matmul_cpu(problem, activation_group, int(n_threads), "");
+    } catch (const std::exception& error) {
+        Py_DECREF(y);
+        PyErr_SetString(PyExc_ValueError, error.what());
+        return nullptr;
+    }
+    return y;
+}
+
 PYBIND11_MODULE(_C, module) {
     module.def("build_info", build_info);
+
+    module.def("learn_tensors", [](py::object tensor_class) {
+        if (!glm4::learn_tensors(tensor_class.ptr())) throw py::error_already_set();
+    });
+    static PyMethodDef fast = {
+        "quantized_matmul_tensors",
+        reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quantized_matmul_tensors)),
+        METH_FASTCALL, nullptr};
+    module.add_object("quantized_matmul_tensors",
+                      py::reinterpret_steal<py::object>(PyCFunction_New(&fast, nullptr)));
 
     const py::call_guard<py::gil_scoped_release> no_gil;
     module.def("merge_attention_cpu", glm4::merge_attention_cpu, no_gil);

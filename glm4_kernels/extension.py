@@ -17,6 +17,7 @@ _C: ModuleType | None = None
 _missing = ""
 try:
     _C = importlib.import_module("glm4_kernels._C")
+    _C.learn_tensors(Tensor)
 except ImportError as error:
     _missing = str(error)
 HAS_EXTENSION = _C is not None

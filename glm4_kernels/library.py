@@ -64,6 +64,7 @@ def register_op(
     fake: Callable[..., Any],
     check_values: Callable[..., None] | None = None,
     cpu: Callable[..., Any] | None = None,
+    cpu_checks: bool = False,
     launch_needs_triton: bool = True,
 ) -> Callable[..., Any]:
     """Defines `torch.ops.glm4_kernels.<name>` and returns its callable overload.
@@ -78,21 +79,25 @@ def register_op(
         fake: allocates the outputs and computes nothing.
         check_values: raises on values out of range; called before `reference` on CPU, where reading
             data costs no synchronisation (on CUDA the kernel masks them and sets its error flag).
-        cpu: a compiled CPU implementation, where there is one; it checks values itself.
+        cpu: a compiled CPU implementation, where there is one; it checks values itself, and with
+            `cpu_checks` all else: it calls `check` itself when it has something to say.
         launch_needs_triton: false for CUDA kernels of the C++ extension.
     """
     name = schema.split("(", 1)[0]
     parameters = tuple(inspect.signature(check).parameters)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
+    def refuse_grad(args: tuple[Any, ...]) -> None:
+        for parameter, arg in zip(parameters, args, strict=False):
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                raise RuntimeError(
+                    f"{name}: {parameter} requires grad, but this op is for inference only; "
+                    "call it under torch.inference_mode() or torch.no_grad()"
+                )
+
     def admit(args: tuple[Any, ...]) -> None:
         if torch.is_grad_enabled():
-            for parameter, arg in zip(parameters, args, strict=False):
-                if isinstance(arg, Tensor) and arg.requires_grad:
-                    raise RuntimeError(
-                        f"{name}: {parameter} requires grad, but this op is for inference only; "
-                        "call it under torch.inference_mode() or torch.no_grad()"
-                    )
+            refuse_grad(args)
         check(*args)
 
     def run_reference(*args: Any) -> Any:
@@ -109,7 +114,10 @@ def register_op(
     if cpu is not None:
 
         def run_cpu(*args: Any) -> Any:
-            admit(args)
+            if torch.is_grad_enabled():
+                refuse_grad(args)
+            if not cpu_checks:
+                check(*args)
             return cpu(*args)
 
         LIBRARY.impl(name, run_cpu, "CPU")

@@ -18,6 +18,7 @@ from numerics import assert_bitwise_equal, assert_within_rule
 import glm4_kernels as gk
 from glm4_kernels.extension import DTYPE_CODES, buffer, build_info, extension
 from glm4_kernels.quantized_matmul import (
+    check_quantized_matmul,
     launch_quantized_matmul,
     quantize_activations,
     quantized_matmul_reference,
@@ -503,6 +504,85 @@ def test_the_extension_checks_sizes_itself(message, change):
     call(**good)
     with pytest.raises(ValueError, match=message):
         call(**(good | change))
+
+
+@on_cpu
+@hypothesis.settings(max_examples=400, deadline=None, database=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_the_extension_takes_what_the_check_admits(data):
+    """Tensors that need not fit each other: the quick way in gives what the long one gives, or
+    leaves to it what would need a copy or is wrong."""
+    draw = data.draw
+    n, k, bits = draw(st.sampled_from([(4, 64, 4), (37, 128, 4), (64, 128, 8), (32, 96, 8)]))
+    group = draw(st.sampled_from([None, 32, 32, 64, 48, 96, 0, -32, k]))
+    swiglu, int8_activations = draw(st.booleans()), draw(st.booleans())
+    tiles, groups = -(-n // 16), k // group if group and group > 0 else 1
+    floats = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+    dtype = draw(floats)
+    tensors = {
+        "x": torch.randn(draw(st.sampled_from([(k,), (1, k), (2, 3, k), (0, k)]))).to(dtype),
+        "packed": torch.randint(0, 256, (tiles, 16 * k * bits // 8), dtype=torch.uint8),
+        "scale": torch.rand(tiles, groups, 16).to(draw(floats)),
+        "zero_point": draw(
+            st.sampled_from([None, torch.full((tiles, groups, 16), 7, dtype=torch.uint8)])
+        ),
+        "bias": draw(st.sampled_from([None, torch.randn(n).to(dtype)])),
+    }
+    wrong = draw(st.sampled_from([None, None, *tensors]))
+    if wrong is not None and tensors[wrong] is not None:
+        spoil = draw(
+            st.sampled_from(
+                [
+                    lambda t: t.mT if t.dim() > 1 else t.unsqueeze(0),
+                    lambda t: t.repeat_interleave(2, -1)[..., ::2],
+                    lambda t: t[..., :-1],
+                    lambda t: t.flatten(),
+                    lambda t: t.double(),
+                    lambda t: t.to("meta"),
+                    lambda t: t.to_sparse(),
+                    lambda t: torch.nn.Parameter(t, requires_grad=False),
+                ]
+            )
+        )
+        tensors[wrong] = spoil(tensors[wrong])
+    if draw(st.integers(0, 19)) == 0:
+        n = draw(st.sampled_from([0, -1, n + 1, n + 16, 2**31, 2**62]))
+    arguments = (*tensors.values(), n, bits, group)
+    numbers = (64 if int8_activations else 0, swiglu, 1)
+    y = extension().quantized_matmul_tensors(*arguments, *numbers)
+    arguments = (*arguments, int8_activations, swiglu)
+    if y is not None:
+        check_quantized_matmul(*arguments)
+        torch.testing.assert_close(
+            y, launch_quantized_matmul(*arguments), rtol=0, atol=0, equal_nan=True
+        )
+    elif wrong is None and tensors["x"].numel() and not (swiglu and n % 32):
+        with pytest.raises((ValueError, TypeError)):
+            check_quantized_matmul(*arguments)
+
+
+@pytest.mark.parametrize(
+    "error, change",
+    [
+        (TypeError, {5: "n"}),
+        (TypeError, {6: 4.0}),
+        (OverflowError, {5: 2**64}),
+        (ValueError, {8: 48}),
+    ],
+)
+def test_the_extension_refuses_other_objects(error, change):
+    tensors = (torch.ones(2, 64), bytes_like(1, 512), torch.ones(1, 2, 16), None, None)
+    arguments = [*tensors, 4, 4, 32, 64, False, 1]
+    assert extension().quantized_matmul_tensors(*arguments).shape == (2, 4)
+    for position, value in ((0, None), (1, "packed"), (2, 1.0), (3, []), (4, torch.Tensor)):
+        others = [*arguments[:position], value, *arguments[position + 1 :]]
+        assert extension().quantized_matmul_tensors(*others) is None
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(error):
+        extension().quantized_matmul_tensors(*arguments)
+    with pytest.raises(TypeError, match="takes 11 arguments"):
+        extension().quantized_matmul_tensors()
 
 
 @on_cpu

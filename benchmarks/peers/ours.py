@@ -40,6 +40,7 @@ def contenders() -> list[Contender]:
 
 def prepare(form: tuple[int, int | None, bool, str], problem: Problem) -> Layer:
     torch.set_num_threads(problem.threads)
+    torch.set_grad_enabled(False)  # once, as the model does, not at each call
     rows = quantize(torch.from_numpy(problem.rows), *form)
     repeated = (None if t is None else t.repeat(problem.repeats, 1) for t in rows.codes())
     first = QuantizedWeight.from_codes(*repeated, rows.bits, rows.group_size)
@@ -53,6 +54,5 @@ def prepare(form: tuple[int, int | None, bool, str], problem: Problem) -> Layer:
     )
 
 
-@torch.inference_mode()
 def run(weight: QuantizedWeight, x: torch.Tensor) -> torch.Tensor:
     return quantized_matmul(x, weight)
