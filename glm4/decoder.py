@@ -58,15 +58,11 @@ class Rows:
     def first(self, n_rows: int) -> Rows:
         return Rows(*(tensor[:n_rows] for tensor in self.tensors()))
 
-    def copy_row(self, row: int, source: Rows, source_row: int) -> None:
-        for mine, theirs in zip(self.tensors(), source.tensors(), strict=True):
-            mine[row].copy_(theirs[source_row])
-
     def advance(self, sampling: Sampling, logits: Tensor) -> Tensor:
         """The next token of each row, which becomes its current one: [B] int64, -1 on NaN."""
         uniform = None
         if self.uniforms.shape[1]:
-            uniform = self.uniforms.gather(1, self.n_drawn[:, None])[:, 0]
+            uniform = self.uniforms.gather(1, self.n_drawn.unsqueeze(1)).squeeze(1)
         chosen = sampling.choose(logits, uniform, self.seen)
         # A step may run on a -1 before the host has seen it.
         torch.clamp(chosen, min=0, out=self.tokens)
@@ -145,14 +141,15 @@ class Decoder:
         for tensor in (rows.positions, rows.seq_lens, rows.active, rows.n_drawn):
             tensor[first:].zero_()
 
-    def join(self, row: int, source: Rows, source_row: int) -> None:
-        self.rows.copy_row(row, source, source_row)
+    def join(self, row: int, source: Rows) -> None:
+        """Rows from `row` on become those of `source`."""
+        for mine, theirs in zip(self.rows.tensors(), source.tensors(), strict=True):
+            mine[row : row + len(theirs)].copy_(theirs)
 
-    def leave(self, row: int, last: int) -> None:
-        """`row` becomes what the last running row was, and that one padding."""
-        if row != last:
-            self.rows.copy_row(row, self.rows, last)
-        self.clear(last)
+    def move(self, row: int, source: int) -> None:
+        """`row` becomes what `source` is."""
+        for tensor in self.rows.tensors():
+            tensor[row].copy_(tensor[source])
 
     def step(self, n_rows: int) -> Callable[[], list[int]]:
         """Launches a step of the first `n_rows` rows; the function returned waits for its tokens,
@@ -207,7 +204,7 @@ class Decoder:
             n_results = len(self.flags) + bucket
             self.views[bucket] = self.rows.first(bucket), self.results[:n_results]
         rows, results = self.views[bucket]
-        pages = rows.block_table.gather(1, (rows.positions // PAGE_SIZE)[:, None])[:, 0]
+        pages = rows.block_table.gather(1, (rows.positions // PAGE_SIZE).unsqueeze(1)).squeeze(1)
         slots = torch.add(rows.positions % PAGE_SIZE, pages, alpha=PAGE_SIZE)
         step = Step(
             tokens=rows.tokens,

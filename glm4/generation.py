@@ -277,7 +277,7 @@ class _Engine:
             self.retire()
             starting = self.admitted(waiting, capacity)
             others_run = bool(self.running)
-            started: list[tuple[_Sequence, Rows, int]] = []
+            started: list[tuple[list[_Sequence], Rows]] = []
             for group in _packed(starting, self.prefill_chunk):
                 rows = self.new_rows(group)
                 for logits in self.prefill(group, rows):
@@ -289,10 +289,10 @@ class _Engine:
                     chosen = rows.advance(self.sampling, logits)
                     self.in_flight.append((group, self.decoder.tokens_later(chosen)))
                     yield from self.collect()
-                started += [(sequence, rows, row) for row, sequence in enumerate(group)]
-            for sequence, rows, row in started:
-                self.decoder.join(len(self.running), rows, row)
-                self.running.append(sequence)
+                started.append((group, rows))
+            for group, rows in started:
+                self.decoder.join(len(self.running), rows)
+                self.running += group
             yield from self.decode()
 
     def admitted(self, waiting: deque[tuple[int, Tensor]], capacity: int) -> list[_Sequence]:
@@ -310,13 +310,17 @@ class _Engine:
 
     def retire(self) -> None:
         """Takes sequences that make no more tokens out of their rows, and frees their pages."""
-        for row in reversed(range(len(self.running))):
+        before = len(self.running)
+        for row in reversed(range(before)):
             sequence = self.running[row]
             if sequence.ended or not sequence.to_launch:
-                self.decoder.leave(row, len(self.running) - 1)
-                self.running[row] = self.running[-1]
-                self.running.pop()
+                last = self.running.pop()
+                if last is not sequence:
+                    self.decoder.move(row, len(self.running))
+                    self.running[row] = last
                 self.free += sequence.pages
+        if len(self.running) < before:
+            self.decoder.clear(len(self.running))
 
     def new_rows(self, group: list[_Sequence]) -> Rows:
         """Prompts before their prefill: the last token of each is its current one."""

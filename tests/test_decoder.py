@@ -212,10 +212,11 @@ def test_buffers_stay_where_they_are(model):
     addresses = [tensor.data_ptr() for tensor in buffers]
     with torch.inference_mode():
         it.step(1)()
-        it.leave(0, 1)
+        it.move(0, 1)
+        it.clear(1)
         it.step(1)()
-        it.join(1, it.rows, 0)
-        it.step(2)()
+        it.join(1, running(model).rows.first(2))
+        it.step(3)()
     assert [tensor.data_ptr() for tensor in buffers] == addresses
 
 
