@@ -85,6 +85,31 @@ def test_replayed_steps_are_called_steps(model, monkeypatch, request, limits, sa
     assert made[0].captures >= min(2, limits.get("max_batch", 2)) and made[0].replays > 5
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_cuda_graphs(device, monkeypatch, sampling):
+    scaled = lambda name, weight: weight * 8  # noqa: E731
+    model = Model.random(TINY, device, torch.bfloat16, prepare=scaled)
+    prompts = make_prompts([5, 64, 63, 1, 90, 20])
+    options = options_of(sampling) | {"stop_token_ids": range(0, 101, 20)}
+    warmups = []
+    replayed = model.generate(prompts, 40, on_warmup=lambda *what: warmups.append(what), **options)
+    assert any(what.startswith("CUDA graph of") for what, _ in warmups)
+    assert model.decoder.replays
+    bucket = max(model.decoder.replays)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            model.decoder.run(bucket)
+            model.decoder.launch(bucket)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert model.generate(prompts, 40, **options) == replayed, "graphs of an earlier call"
+    model.decoder = None
+    monkeypatch.delitem(decoder.GRAPHS, "cuda")
+    assert model.generate(prompts, 40, **options) == replayed, "called steps"
+
+
 def test_graphs_serve_the_next_generation(model, as_on_a_gpu):
     options = {"temperature": 0.9, "stop_token_ids": range(0, 101, 20)}
     longer, shorter = make_prompts([90, 70, 130]), make_prompts([5, 64], seed=3)

@@ -98,6 +98,8 @@ def formula(q, k, v, scale, causal):
         (48, 2, 33, 33, 64),  # group 24, causal
         (6, 2, 5, 130, 64),  # group 3, over a prefix
         (2, 2, 1, 1, 128),  # the smallest
+        (4, 2, 1024, 1024, 128),  # lengths that cuDNN gets, causal
+        (4, 2, 1024, 2048, 64),  # and over a prefix
     ],
 )
 def test_partial_attention(n_heads, n_kv_heads, n_queries, n_keys, head_dim, dtype, device):
