@@ -38,6 +38,7 @@ from glm4_kernels.extension import (
     extension,
 )
 from glm4_kernels.library import FLOAT_DTYPES, bad_type, bad_value, register_op
+from glm4_kernels.quantize_rows import quantize_rows
 from glm4_kernels.quantized_weight import (
     BITS,
     BLOCK,
@@ -57,14 +58,7 @@ def quantize_activations(x: Tensor, group_size: int | None) -> tuple[Tensor, Ten
     """x [M, K] -> int8 [M, K], and the fp32 scales [M, ceil(K / A)]. A group that holds a NaN or an
     infinity gets that as its scale, so that the output shows it."""
     group = min(group_size or ACTIVATION_GROUP, ACTIVATION_GROUP)
-    n_cols = x.shape[1]
-    padding = -n_cols % group
-    groups = torch.nn.functional.pad(x.float(), (0, padding)).unflatten(1, (-1, group))
-    scale = groups.abs().amax(-1) / 127
-    usable = (scale >= torch.finfo(torch.float32).tiny) & scale.isfinite()
-    steps_in_one = (1.0 / torch.where(usable, scale, 1.0)).unsqueeze(-1)
-    q = torch.where(usable.unsqueeze(-1), (groups * steps_in_one).round(), 0.0).clamp(-127, 127)
-    return q.to(torch.int8).flatten(1)[:, :n_cols], scale
+    return quantize_rows(x.float(), torch.int8, group)
 
 
 def quantized_matmul_reference(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glm4_kernels.dependent_launch import dependent, issue_loads, wait_for_producers
 from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
 from glm4_kernels.library import (
     FLOAT_DTYPES,
@@ -91,9 +92,12 @@ def _rotate_heads(
     first_head,
     n_heads,
     stride_x_head,
-    cos,
-    sin,
-    known,
+    error_ptr,
+    positions_ptr,
+    table_ptr,
+    token,
+    stride_table_row,
+    n_positions,
     ROTARY_DIM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -102,11 +106,18 @@ def _rotate_heads(
     """BLOCK_H heads of one token, at x_ptr and y_ptr; zeros where the position is not known."""
     head = first_head.to(tl.int64) + tl.arange(0, BLOCK_H)[:, None]
     dim = tl.arange(0, BLOCK_D)[None, :]
-    known_mask = (head < tl.where(known, n_heads, 0)) & (dim < HEAD_DIM)
     mask = (head < n_heads) & (dim < HEAD_DIM)
 
-    x = tl.load(x_ptr + head * stride_x_head + dim, mask=known_mask, other=0.0)
-    tl.store(y_ptr + head * HEAD_DIM + dim, rotate_pairs(x, cos, sin, ROTARY_DIM), mask=mask)
+    x = tl.load(x_ptr + head * stride_x_head + dim, mask=mask, other=0.0)
+    cos, sin, known = load_rotation(
+        positions_ptr, table_ptr, error_ptr, token, stride_table_row, n_positions,
+        ROTARY_DIM, BLOCK_D,
+    )  # fmt: skip
+    issue_loads()
+
+    y = tl.where(known, rotate_pairs(x, cos, sin, ROTARY_DIM), 0.0)
+
+    tl.store(y_ptr + head * HEAD_DIM + dim, y.to(x.dtype), mask=mask)
 
 
 @triton.jit
@@ -126,6 +137,7 @@ def _rope_kernel(
     n_positions,
     n_q_heads,
     n_k_heads,
+    PDL: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -136,22 +148,20 @@ def _rope_kernel(
     n_blocks = n_q_blocks + tl.cdiv(n_k_heads, BLOCK_H)
     token = (tl.program_id(0) // n_blocks).to(tl.int64)
     block = tl.program_id(0) % n_blocks
-
-    cos, sin, known = load_rotation(
-        positions_ptr, table_ptr, error_ptr, token, stride_table_row, n_positions,
-        ROTARY_DIM, BLOCK_D,
-    )  # fmt: skip
+    wait_for_producers(PDL)
 
     if block < n_q_blocks:
         _rotate_heads(
             q_out_ptr + token * n_q_heads * HEAD_DIM, q_ptr + token * stride_q_token,
-            block * BLOCK_H, n_q_heads, stride_q_head, cos, sin, known,
+            block * BLOCK_H, n_q_heads, stride_q_head,
+            error_ptr, positions_ptr, table_ptr, token, stride_table_row, n_positions,
             ROTARY_DIM, HEAD_DIM, BLOCK_H, BLOCK_D,
         )  # fmt: skip
     else:
         _rotate_heads(
             k_out_ptr + token * n_k_heads * HEAD_DIM, k_ptr + token * stride_k_token,
-            (block - n_q_blocks) * BLOCK_H, n_k_heads, stride_k_head, cos, sin, known,
+            (block - n_q_blocks) * BLOCK_H, n_k_heads, stride_k_head,
+            error_ptr, positions_ptr, table_ptr, token, stride_table_row, n_positions,
             ROTARY_DIM, HEAD_DIM, BLOCK_H, BLOCK_D,
         )  # fmt: skip
 
@@ -173,7 +183,9 @@ def head_warps(block_h: int, block_d: int) -> int:
     return max(block_h * block_d // 512, 1)
 
 
-def launch_rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def launch_rope(
+    q: Tensor, k: Tensor, positions: Tensor, table: Tensor, pdl: bool = False
+) -> tuple[Tensor, Tensor]:
     n_tokens, n_q_heads, head_dim = q.shape
     n_k_heads = k.shape[1]
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -209,6 +221,7 @@ def launch_rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> tuple
         BLOCK_D=block_d,
         num_warps=head_warps(block_h, block_d),
         enable_fp_fusion=False,  # a fused multiply-add would skip the rounding of a product
+        **dependent(pdl),
     )
     return q_out, k_out
 

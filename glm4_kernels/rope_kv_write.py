@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glm4_kernels.dependent_launch import dependent, issue_loads, wait_for_producers
 from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
 from glm4_kernels.library import (
     FLOAT_DTYPES,
@@ -30,6 +31,7 @@ from glm4_kernels.library import (
     multiprocessor_count,
     register_op,
 )
+from glm4_kernels.quantize_rows import QUANTISED_LIMIT
 from glm4_kernels.rope import (
     INDEX_DTYPES,
     check_positions,
@@ -42,8 +44,6 @@ from glm4_kernels.rope import (
 )
 from glm4_kernels.triton_import import tl, triton
 
-# The largest magnitude each quantised cache represents.
-QUANTISED_LIMIT = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 # enum class CacheType in csrc/cpu/rope.h; 0 is the dtype of qkv.
 CACHE_TYPES = {torch.int8: 1, torch.float8_e4m3fn: 2}
 
@@ -89,13 +89,14 @@ def quantise_heads(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _load_projected(qkv_ptr, bias_ptr, offset, mask):
-    """round(qkv + bias) of a tile of heads."""
-    x = tl.load(qkv_ptr + offset, mask=mask, other=0.0)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offset, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + bias.to(tl.float32)).to(x.dtype)
-    return x
+def _load_bias(bias_ptr, offset, mask):
+    return 0.0 if bias_ptr is None else tl.load(bias_ptr + offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def _add_bias(x, bias, bias_ptr):
+    """round(x + bias), or x where there is no bias."""
+    return x if bias_ptr is None else (x.to(tl.float32) + bias.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -139,6 +140,7 @@ def _rope_kv_write_kernel(
     n_slots,
     n_heads,
     n_kv_heads,
+    PDL: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -154,30 +156,47 @@ def _rope_kv_write_kernel(
     row_ptr = qkv_ptr + token * stride_qkv_token
     dim = tl.arange(0, BLOCK_D)[None, :]
 
-    cos, sin, known = load_rotation(
-        positions_ptr, table_ptr, error_ptr, token, stride_table_row, n_positions,
-        ROTARY_DIM, BLOCK_D,
-    )  # fmt: skip
-
     if block < n_q_blocks:
         head = (block * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]).to(tl.int64)
-        known_mask = (head < tl.where(known, n_heads, 0)) & (dim < HEAD_DIM)
         q_mask = (head < n_heads) & (dim < HEAD_DIM)
-        q = _load_projected(row_ptr, bias_ptr, head * HEAD_DIM + dim, known_mask)
-        q = rotate_pairs(q, cos, sin, ROTARY_DIM)
-        tl.store(q_ptr + (token * n_heads + head) * HEAD_DIM + dim, q, mask=q_mask)
+        q_column = head * HEAD_DIM + dim
+
+        q_bias = _load_bias(bias_ptr, q_column, q_mask)
+        wait_for_producers(PDL)
+        q = tl.load(row_ptr + q_column, mask=q_mask, other=0.0)
+        cos, sin, known = load_rotation(
+            positions_ptr, table_ptr, error_ptr, token, stride_table_row, n_positions,
+            ROTARY_DIM, BLOCK_D,
+        )  # fmt: skip
+        issue_loads()
+
+        q = rotate_pairs(_add_bias(q, q_bias, bias_ptr), cos, sin, ROTARY_DIM)
+        q = tl.where(known, q, 0.0).to(q.dtype)
+        tl.store(q_ptr + token * n_heads * HEAD_DIM + q_column, q, mask=q_mask)
     else:
+        group = ((block - n_q_blocks) * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]).to(tl.int64)
+        mask = (group < n_kv_heads) & (dim < HEAD_DIM)
+        k_column = (n_heads + group) * HEAD_DIM + dim
+        v_column = k_column + n_kv_heads * HEAD_DIM
+
+        k_bias = _load_bias(bias_ptr, k_column, mask)
+        v_bias = _load_bias(bias_ptr, v_column, mask)
+        wait_for_producers(PDL)
         slot = tl.load(slots_ptr + token).to(tl.int64)
+        k = tl.load(row_ptr + k_column, mask=mask, other=0.0)
+        v = tl.load(row_ptr + v_column, mask=mask, other=0.0)
+        cos, sin, known = load_rotation(
+            positions_ptr, table_ptr, error_ptr, token, stride_table_row, n_positions,
+            ROTARY_DIM, BLOCK_D,
+        )  # fmt: skip
+        issue_loads()
+
         tl.store(error_ptr, 1, mask=(slot < -1) | (slot >= n_slots))
         written = known & (slot >= 0) & (slot < n_slots)
-        group = ((block - n_q_blocks) * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]).to(tl.int64)
         group_mask = group < tl.where(written, n_kv_heads, 0)
         mask = group_mask & (dim < HEAD_DIM)
-
-        k = _load_projected(row_ptr, bias_ptr, (n_heads + group) * HEAD_DIM + dim, mask)
-        k = rotate_pairs(k, cos, sin, ROTARY_DIM)
-        v_head = n_heads + n_kv_heads + group
-        v = _load_projected(row_ptr, bias_ptr, v_head * HEAD_DIM + dim, mask)
+        k = rotate_pairs(_add_bias(k, k_bias, bias_ptr), cos, sin, ROTARY_DIM)
+        v = _add_bias(v, v_bias, bias_ptr)
 
         page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
         at = page * stride_cache_page + offset * stride_cache_offset + group * stride_cache_head
@@ -199,6 +218,7 @@ def launch_rope_kv_write(
     bias: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    pdl: bool = False,
 ) -> Tensor:
     n_tokens = qkv.shape[0]
     n_pages, n_kv_heads, page_size, head_dim = k_cache.shape
@@ -240,6 +260,7 @@ def launch_rope_kv_write(
         BLOCK_D=block_d,
         num_warps=head_warps(block_h, block_d),
         enable_fp_fusion=False,  # a fused multiply-add would skip the rounding of a product
+        **dependent(pdl),
     )
     return q
 

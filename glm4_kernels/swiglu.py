@@ -3,7 +3,7 @@
     y = round(silu(gate)) * up      silu(g) = g / (1 + exp(-g))      gate | up = gate_up
 
 Rounding points: silu in fp32, rounded to the dtype; the product is rounded again. This is `GlmMLP`
-/ `Glm4MLP` of transformers.
+/ `Glm4MLP` of transformers. With rounding="fp32" only the product is rounded.
 
 Bytes moved: 3 * rows * F * itemsize.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glm4_kernels.dependent_launch import dependent, issue_loads, wait_for_producers
 from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
 from glm4_kernels.library import (
     FLOAT_DTYPES,
@@ -23,12 +24,15 @@ from glm4_kernels.library import (
     register_op,
     strided_rows,
 )
+from glm4_kernels.rounding import Rounding, check_rounding, round_as_hf
 from glm4_kernels.triton_import import tl, triton
 
 
-def swiglu_reference(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+def swiglu_reference(gate_up: Tensor, rounding: Rounding = "hf") -> Tensor:
+    dtype = gate_up.dtype
+    wide = gate_up if rounding == "hf" else gate_up.to(torch.promote_types(dtype, torch.float32))
+    gate, up = wide.chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(dtype)
 
 
 @triton.jit
@@ -37,38 +41,50 @@ def _swiglu_kernel(
     gate_up_ptr,
     stride_gate_up_row,
     n_cols,
+    HF_ROUNDING: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y = round(silu(gate)) * up, BLOCK_N columns of one row a program."""
+    """y = silu(gate) * up, BLOCK_N columns of one row a program."""
     n_blocks = tl.cdiv(n_cols, BLOCK_N)
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
     cols = tl.program_id(0) % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = cols < n_cols
 
     gate_ptr = gate_up_ptr + row * stride_gate_up_row
+    wait_for_producers(PDL)
     gate = tl.load(gate_ptr + cols, mask=mask, other=0.0)
     up = tl.load(gate_ptr + n_cols + cols, mask=mask, other=0.0)
+    issue_loads()
 
     g = gate.to(tl.float32)
-    silu = (g / (1.0 + tl.exp(-g))).to(gate.dtype)
-    y = silu.to(tl.float32) * up.to(tl.float32)
+    silu = round_as_hf(g / (1.0 + tl.exp(-g)), gate.dtype, HF_ROUNDING)
+    y = silu * up.to(tl.float32)
 
     tl.store(y_ptr + row * n_cols + cols, y.to(gate.dtype), mask=mask)
 
 
 def column_block(n_rows: int, n_cols: int, multiprocessors: int) -> int:
-    """The widest block that still gives every multiprocessor a program.
+    """Columns of one program: the most that still leave eight programs, or less than 2048 columns
+    one program, for every multiprocessor.
 
-    Not measured yet; from 16-byte loads by four warps down to 107 -> 214 programs for one token
-    of GLM-4-9B.
+    Derived, not measured yet. A token of GLM-4-9B is 214 programs of one warp over 132 SMs. With
+    many, two thirds of 4.3 TB/s are read: at a latency of about 1 us 22 KB must be on their way to
+    each SM. From 256 columns on, a thread has 32 bytes there, in 2048 columns 64, which is 131 KB
+    an SM: six times that, for programs that load once and then do something else.
     """
-    for block_n in (1024, 512, 256, 128):
-        if n_rows * triton.cdiv(n_cols, block_n) >= multiprocessors:
+    for block_n, programs in ((2048, 8), (1024, 1), (512, 1), (256, 1), (128, 1)):
+        if n_rows * triton.cdiv(n_cols, block_n) >= programs * multiprocessors:
             return block_n
     return 64
 
 
-def launch_swiglu(gate_up: Tensor) -> Tensor:
+def column_warps(block_n: int) -> int:
+    """A warp for 256 columns, 16 bytes a thread a load; four at most."""
+    return min(max(block_n // 256, 1), 4)
+
+
+def launch_swiglu(gate_up: Tensor, rounding: Rounding = "hf", pdl: bool = False) -> Tensor:
     n_cols = gate_up.shape[-1] // 2
     y = torch.empty((*gate_up.shape[:-1], n_cols), dtype=gate_up.dtype, device=gate_up.device)
     if y.numel() == 0:
@@ -81,14 +97,19 @@ def launch_swiglu(gate_up: Tensor) -> Tensor:
         rows,
         rows.stride(0),
         n_cols,
+        HF_ROUNDING=rounding == "hf",
         BLOCK_N=block_n,
-        num_warps=max(block_n // 256, 1),
+        num_warps=column_warps(block_n),
+        **dependent(pdl),
     )
     return y
 
 
-def swiglu_cpu(gate_up: Tensor, variant: str = "") -> Tensor:
-    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+def swiglu_cpu(gate_up: Tensor, rounding: Rounding = "hf", variant: str = "") -> Tensor:
+    """The C++ kernel, where it rounds as HF; `variant`: one of build_info()["simd_variants"], by
+    default the best."""
+    if rounding != "hf":
+        return swiglu_reference(gate_up, rounding).contiguous()
     shape = gate_up.shape
     n_cols = shape[-1] // 2
     y = torch.empty((*shape[:-1], n_cols), dtype=gate_up.dtype)
@@ -106,35 +127,37 @@ def swiglu_cpu(gate_up: Tensor, variant: str = "") -> Tensor:
     return y
 
 
-def check_swiglu(gate_up: Tensor) -> None:
+def check_swiglu(gate_up: Tensor, rounding: Rounding = "hf") -> None:
     shape = gate_up.shape
     if not shape or shape[-1] < 2 or shape[-1] % 2 != 0:
         raise bad_value("swiglu", "gate_up", "[..., 2F] with F >= 1", list(shape))
     if gate_up.dtype not in FLOAT_DTYPES:
         raise bad_type("swiglu", "gate_up", "float32, bfloat16 or float16", gate_up.dtype)
+    check_rounding("swiglu", rounding)
 
 
 _swiglu = register_op(
-    "swiglu(Tensor gate_up) -> Tensor",
+    'swiglu(Tensor gate_up, str rounding="hf") -> Tensor',
     check=check_swiglu,
     reference=swiglu_reference,
     launch=launch_swiglu,
     cpu=swiglu_cpu if HAS_EXTENSION else None,
-    fake=lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+    fake=lambda gate_up, *_: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
 )
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer, 2020), rounded as HF does.
+def swiglu(gate_up: Tensor, rounding: Rounding = "hf") -> Tensor:
+    """silu(gate) * up (Shazeer, 2020).
 
     Args:
         gate_up: [..., 2F], gate in the first F columns and up in the last; float32, bfloat16 or
             float16; any strides.
+        rounding: "hf": where transformers rounds; "fp32": the result only.
 
     Returns:
         [..., F], contiguous, dtype of gate_up.
 
     Raises:
-        ValueError: the shape is wrong. TypeError: the dtype is.
+        ValueError: the shape or rounding is wrong. TypeError: the dtype is.
     """
-    return _swiglu(gate_up)
+    return _swiglu(gate_up, rounding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 # One thread, in child processes too: at these sizes a second only waits, and where other programs
@@ -14,6 +15,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported anywhere
+    with suppress(ImportError):
+        import interpreter_fp8  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -87,6 +87,21 @@ def test_rounds_the_sum_before_the_norm(kernel):
     assert (y != reference).float().mean() < 0.01
 
 
+@each_kernel(launch_add_rms_norm, add_rms_norm_cpu)
+def test_fp32_norms_the_unrounded_sum(kernel):
+    tensors = inputs((64, 128), torch.float16, kernel.device)
+    once = [t.half() for t in add_rms_norm_reference(*(t.float() for t in tensors), EPS)]
+    reference = add_rms_norm_reference(*tensors, EPS, "fp32")
+    y, residual = kernel(*tensors, EPS, "fp32")
+    assert_bitwise_equal(reference[0], once[0])
+    assert_bitwise_equal(reference[1], once[1])
+    assert_bitwise_equal(residual, once[1])
+    assert (once[0] != add_rms_norm_reference(*tensors, EPS)[0]).float().mean() > 0.1
+    assert (y != once[0]).float().mean() < 0.01
+    oracle = add_rms_norm_reference(*(t.double() for t in tensors), EPS)
+    assert_within_rule(y, once[0], oracle[0])
+
+
 @pytest.mark.parametrize("layout", ["transposed", "slice", "expanded"])
 @each_kernel(launch_add_rms_norm, add_rms_norm_cpu)
 def test_layouts(layout, kernel):

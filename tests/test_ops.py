@@ -48,18 +48,18 @@ def rows(dtype, device, *shape):
     return torch.randn(shape, dtype=dtype, device=device)
 
 
-def norm(layout):
+def norm(layout, *options):
     def make(dtype, device):
-        return layout(rows(dtype, device, 6, 4, 32)), rows(dtype, device, 32), EPS
+        return layout(rows(dtype, device, 6, 4, 32)), rows(dtype, device, 32), EPS, *options
 
     return make
 
 
-def residual_norm(n_weights):
+def residual_norm(n_weights, *options):
     def make(dtype, device):
         x = rows(dtype, device, 3, 64)[:, 8:40]
         residual = rows(dtype, device, 32, 3).t()
-        return x, residual, *(rows(dtype, device, 32) for _ in range(n_weights)), EPS
+        return x, residual, *(rows(dtype, device, 32) for _ in range(n_weights)), EPS, *options
 
     return make
 
@@ -136,8 +136,15 @@ EXAMPLES = [
     Example("rms_norm", "permuted", norm(lambda x: x.transpose(0, 1))),
     Example("rms_norm", "one row, expanded", norm(lambda x: x[:1].expand(2, 4, 32))),
     Example("rms_norm", "no rows", norm(lambda x: x[:0])),
+    Example("rms_norm", "fp32 rounding", norm(lambda x: x, "fp32")),
+    Example("rms_norm_quantized", "int8", norm(lambda x: x.transpose(0, 1), torch.int8)),
+    Example("rms_norm_quantized", "fp8, groups", norm(lambda x: x, torch.float8_e4m3fn, 32)),
     Example("add_rms_norm", "strided", residual_norm(1)),
+    Example("add_rms_norm", "fp32 rounding", residual_norm(1, "fp32")),
+    Example("add_rms_norm_quantized", "int8, groups", residual_norm(1, torch.int8, 32)),
     Example("sandwich_norm", "strided", residual_norm(2)),
+    Example("sandwich_norm", "fp32 rounding", residual_norm(2, "fp32")),
+    Example("sandwich_norm_quantized", "int8, fp32", residual_norm(2, torch.int8, None, "fp32")),
     Example("swiglu", "contiguous", lambda *on: (rows(*on, 3, 64),)),
     Example("swiglu", "slice", lambda *on: (rows(*on, 2, 3, 80)[..., 3:71],)),
     Example("rope", "views of qkv", rope(None, torch.int64)),
@@ -199,7 +206,7 @@ def test_compiles_without_a_graph_break(example, device):
 
     def step(*arguments):
         first = arguments[0] * 2
-        return [x + 1 for x in tensors(public(first, *arguments[1:]))]
+        return [x.float() + 1 for x in tensors(public(first, *arguments[1:]))]
 
     eager_arguments = example.arguments(torch.float32, device)
     compiled_arguments = example.arguments(torch.float32, device)
@@ -233,9 +240,8 @@ def test_outputs_are_fresh_and_inputs_kept(example, device):
     for output in outputs:
         assert output.is_contiguous()
         assert output.untyped_storage().data_ptr() not in inputs, "an output is a view of an input"
-    for parameter, old, new in zip(
-        example.overload._schema.arguments, before, arguments, strict=True
-    ):
+    parameters = example.overload._schema.arguments[: len(arguments)]  # the others have defaults
+    for parameter, old, new in zip(parameters, before, arguments, strict=True):
         if isinstance(new, Tensor):
             kept = torch.equal(old, new)
             written = parameter.alias_info is not None and parameter.alias_info.is_write
@@ -245,8 +251,8 @@ def test_outputs_are_fresh_and_inputs_kept(example, device):
 @each_example
 def test_refuses_gradients(example, device):
     arguments = example.arguments(torch.float32, device)
-    for index, parameter in enumerate(example.overload._schema.arguments):
-        argument = arguments[index]
+    parameters = example.overload._schema.arguments[: len(arguments)]
+    for index, (parameter, argument) in enumerate(zip(parameters, arguments, strict=True)):
         if isinstance(argument, Tensor) and argument.is_floating_point():
             wanted = argument.detach().requires_grad_()
             changed = (*arguments[:index], wanted, *arguments[index + 1 :])

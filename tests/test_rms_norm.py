@@ -56,6 +56,17 @@ def test_rounds_before_the_weight(kernel):
     assert ((kernel(x, weight, EPS) != reference).float().mean()) < 0.01
 
 
+@each_kernel(launch_rms_norm, rms_norm_cpu)
+def test_fp32_rounds_once(kernel):
+    x, weight = inputs((64, 128), torch.float16, kernel.device)
+    once = rms_norm_reference(x.float(), weight.float(), EPS).half()
+    assert_bitwise_equal(rms_norm_reference(x, weight, EPS, "fp32"), once)
+    assert (once != rms_norm_reference(x, weight, EPS)).float().mean() > 0.1
+    y = kernel(x, weight, EPS, "fp32")
+    assert (y != once).float().mean() < 0.01
+    assert_within_rule(y, once, rms_norm_reference(x.double(), weight.double(), EPS))
+
+
 @pytest.mark.parametrize("layout", ["transposed", "slice", "expanded"])
 @each_kernel(launch_rms_norm, rms_norm_cpu)
 def test_layouts(layout, kernel):
@@ -86,6 +97,7 @@ def test_edges(kernel):
         (TypeError, r"weight must be torch.float32", {"weight": torch.ones(8).half()}),
         (ValueError, r"weight must be on cpu", {"weight": torch.ones(8, device="meta")}),
         (ValueError, r"eps must be at least 0", {"eps": -1.0}),
+        (ValueError, r"rounding must be 'hf' or 'fp32', got 'bf16'", {"rounding": "bf16"}),
         (RuntimeError, r"x requires grad", {"x": torch.ones(2, 8, requires_grad=True)}),
     ],
 )

@@ -88,6 +88,21 @@ def test_rounding_points(kernel):
     assert (y != reference[0]).float().mean() < 0.01
 
 
+@each_kernel(launch_sandwich_norm, sandwich_norm_cpu)
+def test_fp32_rounds_the_results_only(kernel):
+    tensors = inputs((64, 128), torch.float16, kernel.device)
+    once = [t.half() for t in sandwich_norm_reference(*(t.float() for t in tensors), EPS)]
+    reference = sandwich_norm_reference(*tensors, EPS, "fp32")
+    hf = sandwich_norm_reference(*tensors, EPS)
+    oracle = sandwich_norm_reference(*(t.double() for t in tensors), EPS)
+    actual = kernel(*tensors, EPS, "fp32")
+    for output in (0, 1):
+        assert_bitwise_equal(reference[output], once[output])
+        assert (once[output] != hf[output]).float().mean() > 0.1
+        assert (actual[output] != once[output]).float().mean() < 0.01
+        assert_within_rule(actual[output], once[output], oracle[output])
+
+
 @pytest.mark.parametrize("layout", ["transposed", "slice", "expanded"])
 @each_kernel(launch_sandwich_norm, sandwich_norm_cpu)
 def test_layouts(layout, kernel):

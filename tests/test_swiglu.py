@@ -11,7 +11,8 @@ from glm4_kernels.swiglu import column_block, launch_swiglu, swiglu_cpu, swiglu_
 
 SHAPES = [
     (1, 2 * 13696),  # one token of GLM-4-9B: the narrowest blocks
-    (66, 2 * 1025),  # the widest blocks, the second of each row all but empty
+    (66, 2 * 1025),  # wide blocks, the second of each row all but empty
+    (1056, 2 * 3),  # the widest blocks, all but empty
     (3, 2 * 257),  # nothing divides
     (2, 3, 2 * 64),  # leading dimensions
     (5, 2),  # one column
@@ -53,13 +54,26 @@ def test_rounds_silu_before_the_product(kernel):
     assert (kernel(gate_up) != reference).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 3, 8, 4096])
+@each_kernel(launch_swiglu, swiglu_cpu)
+def test_fp32_rounds_once(kernel):
+    gate_up = inputs((64, 256), torch.float16, kernel.device)
+    gate, up = gate_up.float().chunk(2, -1)
+    once = (torch.nn.functional.silu(gate) * up).half()
+    assert_bitwise_equal(swiglu_reference(gate_up, "fp32"), once)
+    y = kernel(gate_up, "fp32")
+    assert (y != once).float().mean() < 0.01
+    assert_within_rule(y, once, swiglu_reference(gate_up.double()))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 8, 64, 4096])
 @pytest.mark.parametrize("model", ["glm-4-9b", "glm-4-32b-0414"])
 def test_fills_the_gpu(model, n_tokens):
     n_cols = MODELS[model].ffn
     block_n = column_block(n_tokens, n_cols, multiprocessors=132)
-    assert n_tokens * -(-n_cols // block_n) >= 132
-    assert block_n == 1024 or n_tokens * -(-n_cols // (2 * block_n)) < 132, "could be wider"
+    programs = n_tokens * -(-n_cols // block_n)
+    assert programs >= (132 if block_n < 2048 else 8 * 132)
+    wider = n_tokens * -(-n_cols // (2 * block_n))
+    assert block_n == 2048 or wider < (132 if block_n < 1024 else 8 * 132), "could be wider"
 
 
 @pytest.mark.parametrize("layout", ["transposed", "slice", "expanded"])
