@@ -1,4 +1,5 @@
-"""What a Triton launch becomes on a GPU that is not here: registers, spills, shared memory, SASS.
+"""What a Triton launch becomes on a GPU that is not here: registers, spills, shared memory,
+occupancy, bytes in flight, SASS.
 
     x = torch.empty(1 << 20, 4096, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(4096, dtype=torch.bfloat16, device="meta")
@@ -13,6 +14,7 @@ Kernel lab only: the library never imports this module. It needs a process witho
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -30,14 +32,33 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-# Shared memory one block may have, in bytes (CUDA programming guide, "compute capabilities").
-SHARED_LIMIT = {
-    80: 163 * 1024,
-    86: 99 * 1024,
-    89: 99 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-    120: 99 * 1024,
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What one SM holds (CUDA programming guide, "compute capabilities")."""
+
+    shared_bytes: int
+    warps: int
+    programs: int
+    registers: int = 64 * 1024
+
+    @property
+    def shared_limit(self) -> int:
+        """Shared memory one program may have: all but what the system keeps of it."""
+        return self.shared_bytes - SYSTEM_SHARED
+
+
+SYSTEM_SHARED = 1024  # of every program, in bytes
+SHARED_UNIT = 128  # shared memory comes in so many bytes
+REGISTER_UNIT = 256  # the registers of one warp come in so many
+PARTITIONS = 4  # each with a quarter of the registers
+MULTIPROCESSORS = {
+    80: Multiprocessor(shared_bytes=164 * 1024, warps=64, programs=32),
+    86: Multiprocessor(shared_bytes=100 * 1024, warps=48, programs=16),
+    89: Multiprocessor(shared_bytes=100 * 1024, warps=48, programs=24),
+    90: Multiprocessor(shared_bytes=228 * 1024, warps=64, programs=32),
+    100: Multiprocessor(shared_bytes=228 * 1024, warps=64, programs=32),
+    120: Multiprocessor(shared_bytes=100 * 1024, warps=48, programs=24),
 }
 
 
@@ -71,9 +92,12 @@ class Figures:
 
     registers: int  # per thread
     spill_bytes: int  # local memory per thread
-    shared_bytes: int  # per block
+    shared_bytes: int  # per program
+    programs_per_sm: int  # resident at once; 0: not one
+    bytes_in_flight: int  # global memory on its way to one SM at most, see `bytes_in_flight`
     loads: dict[str, int]  # global load instructions by width in bits, in the SASS
     mma: str  # "none", "mma", "wgmma" or "tcgen05"
+    accesses_before_wait: int | None  # to global memory, ahead of griddepcontrol.wait if it waits
 
 
 def capture(launcher: Callable[[], Any], capability: int) -> list[Launch]:
@@ -159,13 +183,75 @@ def figures(compiled: Any) -> Figures:
         command = [str(cuobjdump), "--dump-resource-usage", "-sass", cubin.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    threads = int(re.search(r"\.reqntid\s+(\d+)", compiled.asm["ptx"]).group(1))  # type: ignore[union-attr]
+    shared = compiled.metadata.shared
+    capability = compiled.metadata.target.arch
+    programs = programs_per_sm(MULTIPROCESSORS[capability], threads // 32, used["REG"], shared)
     return Figures(
         registers=used["REG"],
         spill_bytes=used["STACK"] + used["LOCAL"],
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=shared,
+        programs_per_sm=programs,
+        bytes_in_flight=programs
+        * (threads * outstanding_bytes(text) + pipeline_bytes(compiled.asm["ttgir"])),
         loads=load_widths(text),
         mma=tensor_core_kind(compiled.asm["ptx"]),
+        accesses_before_wait=accesses_before_wait(text),
     )
+
+
+def programs_per_sm(sm: Multiprocessor, warps: int, registers: int, shared_bytes: int) -> int:
+    """Programs of `warps` warps that one SM holds, as CUDA's occupancy calculator counts."""
+    per_warp = -(-32 * registers // REGISTER_UNIT) * REGISTER_UNIT
+    warps_with_registers = sm.registers // PARTITIONS // per_warp * PARTITIONS
+    shared = -(-shared_bytes // SHARED_UNIT) * SHARED_UNIT + SYSTEM_SHARED
+    return min(
+        sm.programs,
+        sm.warps // warps,
+        warps_with_registers // warps,
+        sm.shared_bytes // shared,
+    )
+
+
+def outstanding_bytes(sass: str) -> int:
+    """Global loads into registers that one thread has under way at most, in bytes: going down the
+    SASS, a load ends where an instruction first names a register that it fills."""
+    under_way: dict[tuple[int, int], int] = {}  # (first, last register) -> bytes
+    most = 0
+    for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", sass):
+        named = [int(register) for register in re.findall(r"\bR(\d+)\b", instruction)]
+        for first, last in list(under_way):
+            if any(first <= register <= last for register in named):
+                del under_way[first, last]
+        if load := re.search(r"\bLDG\b([.\w]*) R(\d+),", instruction):
+            size, first = load_bits(load.group(1)) // 8, int(load.group(2))
+            under_way[first, first + max(size // 4, 1) - 1] = size
+            most = max(most, sum(under_way.values()))
+    return most
+
+
+def pipeline_bytes(ttgir: str) -> int:
+    """Shared memory of one program that cp.async or TMA fills while it computes: all stages of the
+    pipeline's buffers, the most that can be on its way."""
+    size: dict[str, int] = {}
+    buffer_of: dict[str, str] = {}
+    filled = set()
+    for line in ttgir.splitlines():
+        if buffer := re.search(
+            r"(%\w+) = ttg\.local_alloc.*!ttg\.memdesc<([\dx]+)x([a-z]\w*)", line
+        ):
+            name, shape, element = buffer.groups()
+            bits = re.search(r"\d+", element)
+            assert bits is not None, element
+            size[name] = math.prod(map(int, shape.split("x"))) * int(bits.group()) // 8
+            buffer_of[name] = name
+        elif view := re.search(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", line):
+            buffer_of[view.group(1)] = buffer_of.get(view.group(2), "")
+        elif copy := re.search(r"async_(?:tma_)?(?:copy_global_to_local|gather)\b(.*)", line):
+            targets = [buffer_of[n] for n in re.findall(r"%\w+", copy.group(1)) if n in buffer_of]
+            assert targets, f"a copy into shared memory of unknown size: {line}"
+            filled.update(targets)
+    return sum(size[name] for name in filled)
 
 
 def load_widths(sass: str) -> dict[str, int]:
@@ -175,9 +261,23 @@ def load_widths(sass: str) -> dict[str, int]:
         if name in ("UTMALDG", "UBLKCP"):
             widths["bulk"] += 1
         else:
-            bits = re.search(r"\.[US]?(8|16|64|128|256)\b", modifiers)
-            widths[bits.group(1) if bits else "32"] += 1
+            widths[str(load_bits(modifiers))] += 1
     return dict(sorted(widths.items()))
+
+
+def load_bits(modifiers: str) -> int:
+    """128 for the ".E.128" of a load instruction."""
+    bits = re.search(r"\.[US]?(8|16|64|128|256)\b", modifiers)
+    return int(bits.group(1)) if bits else 32
+
+
+def accesses_before_wait(sass: str) -> int | None:
+    head, waits, _ = sass.partition("ACQBULK")  # griddepcontrol.wait
+    return (
+        len(re.findall(r"\b(?:LDG|STG|LDGSTS|ATOMG?|RED|UTMALDG|UBLKCP)\b", head))
+        if waits
+        else None
+    )
 
 
 def tensor_core_kind(ptx: str) -> str:

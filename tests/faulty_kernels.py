@@ -28,10 +28,10 @@ def copy_kernel(y_ptr, x_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def dot_kernel(y_ptr, x_ptr, n, BLOCK: tl.constexpr):
+def dot_kernel(y_ptr, x_ptr, n, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     rows, cols = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     y = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for i in tl.range(n, num_stages=5):
+    for i in tl.range(n, num_stages=STAGES):
         x = tl.load(x_ptr + i * BLOCK * BLOCK + rows * BLOCK + cols)
         y = tl.dot(x, x, y)
     tl.store(y_ptr + rows * BLOCK + cols, y)
@@ -58,7 +58,8 @@ def launch_all():
     copy_kernel[(1,)](aligned, odd, BLOCK=512, num_warps=4)
     copy_kernel[(1,)](aligned, aligned, BLOCK=512, num_warps=4)
     half = meta(8, dtype=torch.bfloat16)
-    dot_kernel[(1,)](x, half, 16, BLOCK=128, num_warps=4)
+    dot_kernel[(1,)](x, half, 16, BLOCK=128, STAGES=5, num_warps=4)
+    dot_kernel[(1,)](x, half, 16, BLOCK=128, STAGES=2, num_warps=4)
     overflowing_kernel[(rows,)](x, x, meta(rows, dtype=torch.int32), 8192, BLOCK=4096)
 
 

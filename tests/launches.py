@@ -1,7 +1,8 @@
 """The launches that GLM-4 makes: every Triton op at the models' real shapes, on meta tensors.
 
-    python tests/launches.py --write    # compiles all of them for every architecture and commits
-                                        # the figures to tests/aot_resources/triton-<version>.json
+    python tests/launches.py --write               # compiles all of them for every architecture,
+    python tests/launches.py --write --only rope   # or those of some ops, and commits the figures
+                                                   # to tests/aot_resources/triton-<version>.json
 
 Shapes are listed here; what is launched for them (kernels, tiles, warps, specialisations) is
 captured from the launchers. test_ahead_of_time.py runs this file in a process of its own, since
@@ -38,9 +39,9 @@ from torch import Tensor  # noqa: E402
 import glm4_kernels  # noqa: E402
 from benchmarks.shapes import SHAPES, ModelShape  # noqa: E402
 from glm4.cache import PAGE_SIZE  # noqa: E402
-from glm4_kernels.add_rms_norm import launch_add_rms_norm  # noqa: E402
+from glm4_kernels.add_rms_norm import launch_add_rms_norm, launch_add_rms_norm_quantized  # noqa: E402
 from glm4_kernels.ahead_of_time import (  # noqa: E402
-    SHARED_LIMIT,
+    MULTIPROCESSORS,
     Launch,
     capture,
     compile_launch,
@@ -48,10 +49,10 @@ from glm4_kernels.ahead_of_time import (  # noqa: E402
 )
 from glm4_kernels.flash_decode import launch_flash_decode  # noqa: E402
 from glm4_kernels.merge_attention import launch_merge_attention  # noqa: E402
-from glm4_kernels.rms_norm import launch_rms_norm  # noqa: E402
+from glm4_kernels.rms_norm import launch_rms_norm, launch_rms_norm_quantized  # noqa: E402
 from glm4_kernels.rope import launch_rope  # noqa: E402
 from glm4_kernels.rope_kv_write import launch_rope_kv_write  # noqa: E402
-from glm4_kernels.sandwich_norm import launch_sandwich_norm  # noqa: E402
+from glm4_kernels.sandwich_norm import launch_sandwich_norm, launch_sandwich_norm_quantized  # noqa: E402
 from glm4_kernels.swiglu import launch_swiglu  # noqa: E402
 
 EPS = 1.5625e-07
@@ -80,6 +81,8 @@ class Case:
     launch: Callable[[], Any]
     everywhere: bool  # the test compiles it for all architectures, not for sm_90 alone
     min_capability: int = 80
+    # Launched with PDL: global accesses of one thread ahead of its wait, those to weights.
+    before_wait: int | None = None
 
 
 def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -97,6 +100,11 @@ def cases() -> Iterator[Case]:
                 label = f"{model}, {length}, {name(dtype)}"
                 for op, launch in row_launches(SHAPES[model], n_tokens, dtype).items():
                     yield Case(op, label, launch, everywhere=dtype == BF16)
+
+    for model in EVERYWHERE:
+        yield from row_variants(model)
+    for length in ("1 token", "1M tokens"):
+        yield from dependent_launches("glm-4-9b", length)
 
     for model in ATTENTION_MODELS:
         for table_dtype in (BF16, torch.float32):
@@ -122,6 +130,50 @@ def row_launches(
         "sandwich_norm": lambda: launch_sandwich_norm(x, x, weight, weight, EPS),
         "swiglu": lambda: launch_swiglu(gate_up),
     }
+
+
+def row_variants(model: str) -> Iterator[Case]:
+    """Quantised outputs and fp32 rounding, which the number of rows does not change."""
+    shape, everywhere = SHAPES[model], model == "glm-4-9b"
+    x, w = meta(1, shape.hidden), meta(shape.hidden)
+    norms = {
+        "rms_norm": (launch_rms_norm, launch_rms_norm_quantized, (x, w, EPS)),
+        "add_rms_norm": (launch_add_rms_norm, launch_add_rms_norm_quantized, (x, x, w, EPS)),
+        "sandwich_norm": (
+            *(launch_sandwich_norm, launch_sandwich_norm_quantized),
+            (x, x, w, w, EPS),
+        ),
+    }
+    for op, (launch, launch_quantized, arguments) in norms.items():
+        fp32 = partial(launch, *arguments, rounding="fp32")
+        yield Case(op, f"{model}, fp32 rounding", fp32, everywhere)
+        for dtype, group_size in ((INT8, None), (INT8, 64), (FP8, None)):
+            label = f"{model}, {name(dtype)}, {f'groups of {group_size}' if group_size else 'rows'}"
+            quantised = partial(launch_quantized, *arguments, dtype, group_size)
+            yield Case(op, label, quantised, everywhere, 89 if dtype == FP8 else 80)
+    fp32 = partial(launch_swiglu, meta(1, 2 * shape.ffn), "fp32")
+    yield Case("swiglu", f"{model}, fp32 rounding", fp32, everywhere)
+
+
+def dependent_launches(model: str, length: str) -> Iterator[Case]:
+    """Programmatic dependent launch; a weight of 4096 is two loads of each thread."""
+    shape, n_tokens = SHAPES[model], TOKENS[length]
+    x, w = meta(n_tokens, shape.hidden), meta(shape.hidden)
+    heads, index = packed_qkv(shape, n_tokens, BF16), meta(n_tokens, dtype=torch.int64)
+    q, k, _ = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+    pages, _ = cache(shape, 2 * CONTEXT // PAGE_SIZE, BF16)
+    bias = meta(heads.shape[1] * shape.head_dim)
+    write = (heads.flatten(1), index, table(BF16), pages, pages, index, shape.heads, bias)
+    for op, launch, arguments, before_wait in (
+        ("rms_norm", launch_rms_norm, (x, w, EPS), 2),
+        ("add_rms_norm", launch_add_rms_norm, (x, x, w, EPS), 2),
+        ("sandwich_norm", launch_sandwich_norm, (x, x, w, w, EPS), 4),
+        ("swiglu", launch_swiglu, (meta(n_tokens, 2 * shape.ffn),), 0),
+        ("rope", launch_rope, (q, k, index, table(BF16)), 0),
+        ("rope_kv_write", launch_rope_kv_write, write, 1 if n_tokens == 1 else 2),
+    ):
+        dependent = partial(launch, *arguments, pdl=True)
+        yield Case(op, f"{model}, {length}, PDL", dependent, True, 90, before_wait)
 
 
 def rope_cases(model: str, table_dtype: torch.dtype) -> Iterator[Case]:
@@ -207,16 +259,20 @@ def cache(shape: ModelShape, n_pages: int, dtype: torch.dtype) -> tuple[Tensor, 
     return meta(*sizes, shape.head_dim, dtype=dtype), scale
 
 
-def measure(everything: bool, jobs: int) -> dict[str, Any]:
-    """Captures every launch, compiles the distinct ones; what test_ahead_of_time.py checks."""
+def measure(everything: bool, jobs: int, only: list[str] | None = None) -> dict[str, Any]:
+    """Captures every launch (of the ops in `only`), compiles the distinct ones; what
+    test_ahead_of_time.py checks."""
     first_with: dict[tuple[str, str, int], Launch] = {}
     chosen = set()
     rows: list[dict[str, Any]] = []
     for case in cases():
-        for capability in SHARED_LIMIT:
+        if only and case.op not in only:
+            continue
+        for capability in MULTIPROCESSORS:
             if capability < case.min_capability:
                 continue
             row = {"op": case.op, "case": case.label, "arch": f"sm_{capability}"}
+            row |= {"before_wait": case.before_wait}
             try:
                 captured = capture(case.launch, capability)
             except Exception as error:
@@ -288,22 +344,39 @@ def figures_table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return table
 
 
+def write_figures(measured: dict[str, Any], only: list[str] | None) -> Path:
+    """Commits the figures, row by row in the order of ops; those of other ops than `only` stay."""
+    path = figures_path(measured["triton"])
+    tables = figures_table(measured["rows"])
+    if only:
+        for arch, committed in json.loads(path.read_text()).items():
+            kept = {key: row for key, row in committed.items() if op_of(key) not in only}
+            tables[arch] = kept | tables.get(arch, {})
+    blocks = []
+    for arch in sorted(tables, key=lambda arch: int(arch.removeprefix("sm_"))):
+        rows = sorted(tables[arch].items(), key=lambda row: op_of(row[0]))
+        body = ",\n".join(f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in rows)
+        blocks.append(f"  {json.dumps(arch)}: {{\n{body}\n  }}")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+    return path
+
+
+def op_of(key: str) -> str:
+    return key.partition(" | ")[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile GLM-4's launches without a GPU.")
     parser.add_argument("--write", action="store_true", help="commit all figures to the table")
+    parser.add_argument("--only", nargs="+", metavar="OP", help="these ops; the others stay")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    measured = measure(everything=arguments.write, jobs=arguments.jobs)
+    measured = measure(arguments.write, arguments.jobs, arguments.only)
     if not arguments.write:
         json.dump(measured, sys.stdout)
         return
-    path = figures_path(measured["triton"])
-    lines = []
-    for arch, table in figures_table(measured["rows"]).items():
-        body = ",\n".join(f"    {json.dumps(key)}: {json.dumps(f)}" for key, f in table.items())
-        lines.append(f"  {json.dumps(arch)}: {{\n{body}\n  }}")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path = write_figures(measured, arguments.only)
     errors = [row for row in measured["rows"] if "error" in row]
     for row in errors:
         print(f"{row['arch']} {row['op']}, {row['case']}: {row['error']}", file=sys.stderr)

@@ -66,16 +66,18 @@ each_op = pytest.mark.parametrize("rows", TRITON_OPS, indirect=True)
 
 @each_op
 def test_stays_within_the_hardware(rows):
-    from glm4_kernels.ahead_of_time import SHARED_LIMIT
+    from glm4_kernels.ahead_of_time import MULTIPROCESSORS
 
     failures = []
     for row in rows:
-        limit = SHARED_LIMIT[int(row["arch"].removeprefix("sm_"))]
+        limit = MULTIPROCESSORS[int(row["arch"].removeprefix("sm_"))].shared_limit
         if row["figures"]["spill_bytes"]:
             failures.append(f"{name(row)}: spills {row['figures']['spill_bytes']} bytes a thread")
         if row["figures"]["shared_bytes"] > limit:
             used = row["figures"]["shared_bytes"]
-            failures.append(f"{name(row)}: {used} bytes of shared memory, a block has {limit}")
+            failures.append(f"{name(row)}: {used} bytes of shared memory, a program has {limit}")
+        elif not row["figures"]["programs_per_sm"]:
+            failures.append(f"{name(row)}: not one program fits an SM")
     report(failures)
 
 
@@ -85,7 +87,20 @@ def test_offsets_are_64_bit(rows):
 
 
 @each_op
-def test_keeps_wide_loads_and_tensor_cores(rows, measured):
+def test_waits_before_it_touches_what_others_write(rows):
+    """Only loads of weights stand ahead of griddepcontrol.wait, which is there if asked for."""
+    report(
+        [
+            f"{name(row)}: {row['figures']['accesses_before_wait']} accesses before the wait, "
+            f"not {row['before_wait']}"
+            for row in rows
+            if row["figures"]["accesses_before_wait"] != row["before_wait"]
+        ]
+    )
+
+
+@each_op
+def test_loses_nothing(rows, measured):
     from launches import figures_path, figures_table
 
     path = figures_path(measured["triton"])
@@ -111,6 +126,9 @@ def losses(before: dict[str, Any], now: dict[str, Any]) -> str:
         lost.append(f"tensor cores: was {before['mma']}, is {now['mma']}")
     if wide_share(now["loads"]) < wide_share(before["loads"]):
         lost.append(f"wide loads: was {before['loads']}, is {now['loads']} (bits: instructions)")
+    for figure, unit in (("programs_per_sm", "programs an SM"), ("bytes_in_flight", "bytes an SM")):
+        if now[figure] < before[figure]:
+            lost.append(f"{figure}: was {before[figure]}, is {now[figure]} {unit}")
     return ", ".join(lost)
 
 
@@ -127,21 +145,72 @@ def test_every_kernel_is_launched(measured):
 
 
 def test_every_architecture_is_compiled(measured):
-    from glm4_kernels.ahead_of_time import SHARED_LIMIT
+    from glm4_kernels.ahead_of_time import MULTIPROCESSORS
 
-    assert {row["arch"] for row in measured["rows"]} == {f"sm_{cc}" for cc in SHARED_LIMIT}
+    assert {row["arch"] for row in measured["rows"]} == {f"sm_{cc}" for cc in MULTIPROCESSORS}
 
 
 def test_the_harness_sees_faults():
     """Kernels with one fault each; what is measured of them must show it."""
-    spilling, narrow, wide, dot, overflowing = run_without_interpreter(HERE / "faulty_kernels.py")
+    spilling, narrow, wide, dot, shallow, overflowing = run_without_interpreter(
+        HERE / "faulty_kernels.py"
+    )
     assert spilling["figures"]["spill_bytes"] > 0
     assert wide["figures"]["loads"] == {"128": 1}
     assert losses(wide["figures"], narrow["figures"]).startswith("wide loads")
     assert dot["figures"]["mma"] == "wgmma" and dot["figures"]["shared_bytes"] > 99 * 1024
     assert losses(dot["figures"], {**dot["figures"], "mma": "none"}).startswith("tensor cores")
+    lost = losses(shallow["figures"], dot["figures"])  # one program instead of three
+    assert "programs_per_sm: was 3, is 1" in lost and "bytes_in_flight" in lost
+    tile = 128 * 128 * 2
+    for stages, pipeline in ((5, dot), (2, shallow)):
+        under_way = pipeline["figures"]["programs_per_sm"] * stages * tile
+        assert pipeline["figures"]["bytes_in_flight"] == under_way
+    assert wide["figures"]["bytes_in_flight"] == 16 * 128 * wide["figures"]["programs_per_sm"]
     assert len(overflowing["overflows"]) == 3
     assert [fault["overflows"] for fault in (spilling, narrow, wide, dot)] == [[], [], [], []]
+
+
+@pytest.mark.parametrize(
+    "capability, warps, registers, shared_bytes, programs",
+    [
+        (90, 1, 16, 0, 32),  # as many as an SM takes
+        (90, 8, 32, 32, 8),  # warps
+        (86, 8, 32, 32, 6),  # its SM holds 48 of them, not 64
+        (90, 4, 166, 0, 3),  # registers: 168 a thread, twelve warps
+        (90, 8, 166, 0, 1),
+        (90, 4, 32, 71680, 3),  # shared memory
+        (90, 4, 32, 113 * 1024, 2),
+        (90, 4, 32, 113 * 1024 + 1, 1),
+        (90, 16, 255, 0, 0),  # does not run
+    ],
+)
+def test_programs_per_sm(capability, warps, registers, shared_bytes, programs):
+    from glm4_kernels.ahead_of_time import MULTIPROCESSORS, programs_per_sm
+
+    sm = MULTIPROCESSORS[capability]
+    assert programs_per_sm(sm, warps, registers, shared_bytes) == programs
+
+
+def test_accesses_before_the_wait():
+    from glm4_kernels.ahead_of_time import accesses_before_wait
+
+    load, store = "LDG.E.128 R8, desc[UR10][R20.64] ;\n", "STG.E [R4.64], R8 ;\n"
+    assert accesses_before_wait(load + store) is None
+    assert accesses_before_wait("ACQBULK ;\n" + load) == 0
+    assert accesses_before_wait(load + store + "ACQBULK ;\n" + load) == 2
+
+
+def test_a_load_is_under_way_until_a_register_of_it_is_named():
+    from glm4_kernels.ahead_of_time import outstanding_bytes
+
+    wide = "/*0000*/ @!P2 LDG.E.128 R8, desc[UR10][R20.64] ;\n"
+    narrow = "/*0010*/ LDG.E.U16 R4, desc[UR10][R22.64+0x1000] ;\n"
+    use, another = "/*0020*/ FADD R0, R11, R1 ;\n", "/*0020*/ FADD R0, R12, R1 ;\n"
+    assert outstanding_bytes(wide + narrow + use) == 18
+    assert outstanding_bytes(wide + use + narrow) == 16
+    assert outstanding_bytes(wide + another + narrow) == 18
+    assert outstanding_bytes(use) == 0
 
 
 @pytest.mark.parametrize(
