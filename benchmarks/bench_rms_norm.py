@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.harness import Case, torch_peers
+from benchmarks.harness import Case, dependent_launch, torch_peers
+from benchmarks.libraries import library_peers
 from benchmarks.shapes import SHAPES, TOKENS
-from glm4_kernels.rms_norm import rms_norm, rms_norm_reference
+from glm4_kernels.rms_norm import launch_rms_norm, rms_norm, rms_norm_reference
 
 DTYPE, EPS = torch.bfloat16, 1.5625e-07
 TOLERANCE = torch.finfo(DTYPE).eps  # each of two roundings costs at most half of it
@@ -36,6 +37,8 @@ def case(model: str, n_tokens: int, device: torch.device) -> Case:
         contenders={
             "glm4_kernels": rms_norm,
             **torch_peers(rms_norm_reference, device),
+            **library_peers("rms_norm", device),
+            **dependent_launch(launch_rms_norm, device),
             "torch rms_norm": lambda x, weight, eps: torch.nn.functional.rms_norm(
                 x, (n_cols,), weight, eps
             ),

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.harness import Case, torch_peers
+from benchmarks.harness import Case, dependent_launch, torch_peers
+from benchmarks.libraries import library_peers
 from benchmarks.shapes import SHAPES, TOKENS
-from glm4_kernels.rope import rope, rope_reference
+from glm4_kernels.rope import launch_rope, rope, rope_reference
 from glm4_kernels.rope_table import rope_table
 
 DTYPE, CONTEXT, THETA = torch.bfloat16, 131072, 5e6
@@ -25,6 +26,11 @@ def cases(device: torch.device) -> Iterator[Case]:
 def case(model: str, n_tokens: int, table: torch.Tensor) -> Case:
     shape, device = SHAPES[model], table.device
     n_rotated = shape.heads + shape.kv_heads
+    wide_table = table.float()  # FlashInfer takes no other
+    libraries = {
+        name: lambda q, k, positions, _, call=call: call(q, k, positions, wide_table)
+        for name, call in library_peers("rope", device).items()
+    }
 
     def inputs() -> tuple:
         n_packed = n_rotated + shape.kv_heads
@@ -39,7 +45,12 @@ def case(model: str, n_tokens: int, table: torch.Tensor) -> Case:
         + n_tokens * (shape.rotary_dim * DTYPE.itemsize + 8),
         flops=0,
         inputs=inputs,
-        contenders={"glm4_kernels": rope, **torch_peers(rope_reference, device)},
+        contenders={
+            "glm4_kernels": rope,
+            **torch_peers(rope_reference, device),
+            **libraries,
+            **dependent_launch(launch_rope, device),
+        },
         oracle=lambda q, k, positions, table: rope_reference(
             q.double(), k.double(), positions, table.double()
         ),

@@ -1,4 +1,5 @@
-"""Packed qkv to rotated q and a written KV page, beside the same in plain PyTorch.
+"""Packed qkv to rotated q and a written KV page, beside the same in plain PyTorch, and beside our
+`rope` before plain writes ("unfused"). No library has it in one kernel.
 
 The plain code writes every slot: skipping those of -1, as the reference does, would synchronise.
 """
@@ -6,14 +7,20 @@ The plain code writes every slot: skipping those of -1, as the reference does, w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, torch_peers
+from benchmarks.harness import Case, dependent_launch, torch_peers
 from benchmarks.shapes import SHAPES, TOKENS
-from glm4_kernels.rope import rope_reference
-from glm4_kernels.rope_kv_write import quantise_heads, rope_kv_write, rope_kv_write_reference
+from glm4_kernels.rope import rope, rope_reference
+from glm4_kernels.rope_kv_write import (
+    launch_rope_kv_write,
+    quantise_heads,
+    rope_kv_write,
+    rope_kv_write_reference,
+)
 from glm4_kernels.rope_table import rope_table
 
 DTYPE, CONTEXT, THETA, PAGE_SIZE = torch.bfloat16, 131072, 5e6, 64
@@ -70,20 +77,25 @@ def case(model: str, n_tokens: int, cache_dtype: torch.dtype, table: Tensor) -> 
         bytes_moved=n_tokens * (per_token + 16 + written) + width * DTYPE.itemsize * shape.qkv_bias,
         flops=0,
         inputs=inputs,
-        contenders={"glm4_kernels": rope_kv_write, **torch_peers(plain, device)},
+        contenders={
+            "glm4_kernels": rope_kv_write,
+            **torch_peers(partial(plain, rope_reference), device),
+            "unfused": partial(plain, rope),
+            **dependent_launch(launch_rope_kv_write, device),
+        },
         oracle=oracle,
         tolerance=TOLERANCE,
     )
 
 
 def plain(
-    qkv, positions, table, k_cache, v_cache, slots, n_heads, bias, k_scale, v_scale
+    rotate, qkv, positions, table, k_cache, v_cache, slots, n_heads, bias, k_scale, v_scale
 ) -> Tensor:
     n_kv_heads, page_size, head_dim = k_cache.shape[1:]
     qkv = qkv if bias is None else qkv + bias
     heads = qkv.unflatten(1, (n_heads + 2 * n_kv_heads, head_dim))
     q, k, v = heads.split([n_heads, n_kv_heads, n_kv_heads], dim=1)
-    q, k = rope_reference(q, k, positions, table)
+    q, k = rotate(q, k, positions, table)
     page, offset = slots // page_size, slots % page_size
     for x, cache, cache_scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         if cache_scale is not None:

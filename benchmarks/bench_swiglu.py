@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.harness import Case, torch_peers
+from benchmarks.harness import Case, dependent_launch, torch_peers
+from benchmarks.libraries import library_peers
 from benchmarks.shapes import SHAPES, TOKENS
-from glm4_kernels.swiglu import swiglu, swiglu_reference
+from glm4_kernels.swiglu import launch_swiglu, swiglu, swiglu_reference
 
 DTYPE = torch.bfloat16
 TOLERANCE = torch.finfo(DTYPE).eps  # each of two roundings costs at most half of it
@@ -28,7 +29,19 @@ def case(model: str, n_tokens: int, device: torch.device) -> Case:
         bytes_moved=3 * n_tokens * n_cols * DTYPE.itemsize,
         flops=0,
         inputs=lambda: (torch.randn(n_tokens, 2 * n_cols, dtype=DTYPE, device=device),),
-        contenders={"glm4_kernels": swiglu, **torch_peers(swiglu_reference, device)},
+        contenders={
+            "glm4_kernels": swiglu,
+            **torch_peers(swiglu_reference, device),
+            "unfused": unfused,
+            **library_peers("swiglu", device),
+            **dependent_launch(launch_swiglu, device),
+        },
         oracle=lambda gate_up: swiglu_reference(gate_up.double()),
         tolerance=TOLERANCE,
     )
+
+
+def unfused(gate_up: torch.Tensor) -> torch.Tensor:
+    """Two kernels; silu's result goes to memory and back."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate).mul_(up)

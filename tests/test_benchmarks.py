@@ -8,16 +8,28 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from recorded_graphs import RecordedGraphs
 
 import glm4
-from benchmarks import cpu_model, gpu, harness, quality, quantized, report, step_profile
+from benchmarks import (
+    cpu_model,
+    gpu,
+    harness,
+    libraries,
+    quality,
+    quantized,
+    report,
+    step_profile,
+)
 from benchmarks.__main__ import main
 from benchmarks.ceilings import (
     Ceilings,
@@ -197,6 +209,86 @@ def test_benchmark_is_right_on_this_machine(op):
     for case in cases:
         assert case.op == op and case.bytes_moved > 0 and len(case.contenders) >= 2
         assert [v for v in gate(case) if v["status"] != "ok"] == [], case.label
+
+
+def test_our_own_variants_are_no_peers():
+    variant = {"glm4_kernels, PDL": lambda x: 2 * x}
+    ours_first = {"glm4_kernels": lambda x: 2 * x, **variant}
+    result = result_of(replace(doubling(), contenders=ours_first))
+    assert result["best_peer"] is None and result["compared_in"] is None
+    result = result_of(replace(doubling(), contenders=ours_first | {"other": lambda x: x + x}))
+    assert result["best_peer"] == "other"
+
+
+def test_libraries_that_are_missing_are_skipped_with_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(libraries, "missing", set())
+    for module in ("liger_kernel", "flashinfer"):
+        monkeypatch.setitem(sys.modules, module, None)
+    gpu_device = torch.device("cuda")
+    assert libraries.library_peers("rms_norm", gpu_device) == {}
+    assert libraries.library_peers("rms_norm", gpu_device) == {}
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["Liger", "FlashInfer"]
+    assert libraries.library_peers("rms_norm", CPU) == {}
+
+
+def test_libraries_get_their_arguments_in_their_order(monkeypatch):
+    """Modules with the libraries' signatures, and our references behind them."""
+    from glm4_kernels.add_rms_norm import add_rms_norm_reference
+    from glm4_kernels.rms_norm import rms_norm_reference
+    from glm4_kernels.rope import rope_reference
+    from glm4_kernels.sandwich_norm import sandwich_norm_reference
+    from glm4_kernels.swiglu import swiglu_reference
+
+    def fused_add_rmsnorm(input, residual, weight, eps=1e-6, enable_pdl=None):
+        y, total = add_rms_norm_reference(input, residual, weight, eps)
+        input.copy_(y), residual.copy_(total)
+
+    def apply_rope(positions, query, key, head_size, cos_sin_cache, is_neox=True):
+        assert not is_neox and cos_sin_cache.dtype == torch.float32
+        heads = (x.unflatten(1, (-1, head_size)) for x in (query, key))
+        return [x.flatten(1) for x in rope_reference(*heads, positions, cos_sin_cache)]
+
+    functional = SimpleNamespace(
+        liger_rms_norm=lambda X, W, eps, offset=0.0, casting_mode="llama", in_place=True: (
+            rms_norm_reference(X, W, eps)
+        ),
+        liger_fused_add_rms_norm=lambda X, R, W, eps, offset=0.0, casting_mode="", in_place=True: (
+            add_rms_norm_reference(X, R, W, eps)
+        ),
+        liger_swiglu=lambda a, b: swiglu_reference(torch.cat((a, b), -1)),
+    )
+    modules = {
+        "liger_kernel.transformers.functional": functional,
+        "flashinfer.norm": SimpleNamespace(
+            rmsnorm=lambda input, weight, eps=1e-6, out=None, enable_pdl=None: rms_norm_reference(
+                input, weight, eps
+            ),
+            fused_add_rmsnorm=fused_add_rmsnorm,
+        ),
+        "flashinfer.activation": SimpleNamespace(
+            silu_and_mul=lambda input, out=None, enable_pdl=None: swiglu_reference(input)
+        ),
+        "flashinfer.rope": SimpleNamespace(apply_rope_with_cos_sin_cache=apply_rope),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name.partition(".")[0], SimpleNamespace())
+        monkeypatch.setitem(sys.modules, name, module)
+    x, residual = torch.randn(2, 3, 8)
+    weights = torch.randn(2, 8)
+    q, k, positions = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.arange(3)
+    for op, reference, arguments in (
+        ("rms_norm", rms_norm_reference, (x, weights[0], 1e-5)),
+        ("add_rms_norm", add_rms_norm_reference, (x, residual, weights[0], 1e-5)),
+        ("sandwich_norm", sandwich_norm_reference, (x, residual, *weights, 1e-5)),
+        ("swiglu", swiglu_reference, (x,)),
+        ("rope", rope_reference, (q, k, positions, torch.randn(5, 4))),
+    ):
+        peers = libraries.library_peers(op, torch.device("cuda"))
+        assert list(peers) == (["FlashInfer"] if op == "rope" else ["Liger", "FlashInfer"])
+        expected = harness.first_output(reference(*arguments))
+        for peer in peers.values():
+            torch.testing.assert_close(harness.first_output(peer(*deepcopy(arguments))), expected)
 
 
 def test_only_rejects_unknown_ops(capsys):
