@@ -278,17 +278,18 @@ class _Engine:
             starting = self.admitted(waiting, capacity)
             others_run = bool(self.running)
             started: list[tuple[list[_Sequence], Rows]] = []
-            for group in _packed(starting, self.prefill_chunk):
+            groups = list(_packed(starting, self.prefill_chunk))
+            for group in groups:
                 rows = self.new_rows(group)
                 for logits in self.prefill(group, rows):
-                    if logits is None:
-                        yield from self.decode() if others_run else ()
-                        continue
-                    for sequence in group:
-                        sequence.to_launch -= 1
-                    chosen = rows.advance(self.sampling, logits)
-                    self.in_flight.append((group, self.decoder.tokens_later(chosen)))
-                    yield from self.collect()
+                    if logits is not None:
+                        for sequence in group:
+                            sequence.to_launch -= 1
+                        chosen = rows.advance(self.sampling, logits)
+                        self.in_flight.append((group, self.decoder.tokens_later(chosen)))
+                        yield from self.collect()
+                    if others_run and (logits is None or group is not groups[-1]):
+                        yield from self.decode()
                 started.append((group, rows))
             for group, rows in started:
                 self.decoder.join(len(self.running), rows)

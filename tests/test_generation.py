@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glm4 import generation
+from glm4 import decoder, generation
 from glm4.cache import PAGE_SIZE
 from glm4.generation import generate, stream
 from glm4.model import Config, Model
@@ -149,6 +149,19 @@ def test_others_wait_for_a_chunk_at_most(model, monkeypatch, ahead):
     assert model.passes == [7, *[2] * before, 50, 1, 50, 1, 30, *[2] * alone, *[1] * (11 - alone)]
 
 
+def test_others_wait_for_a_pass_at_most(model):
+    """Two prompts start when the second has ended, each in a pass of its own."""
+    prompts = make_prompts([4, 60, 40, 45])
+    texts = [model.expected(prompt, 12, stops=()) for prompt in prompts]
+    stop = next(token for token in texts[1][2:] if token not in texts[0] + texts[2] + texts[3])
+    texts[1] = texts[1][: texts[1].index(stop) + 1]
+    options = {"stop_token_ids": [stop], "n_pages": 3, "prefill_chunk": 50}
+    assert generate(model, prompts, 12, **options) == texts
+    before = len(texts[1]) - 1
+    after = 11 - before - 1
+    assert model.passes == [4, 50, 10, *[2] * before, 40, 1, 45, *[3] * after, *[2] * (11 - after)]
+
+
 @pytest.mark.usefixtures("steps_ahead")
 @pytest.mark.parametrize("limit", [{"n_pages": 4}, {"n_pages": 7}, {"max_batch": 2}], ids=str)
 def test_queue(model, limit):
@@ -160,6 +173,25 @@ def test_queue(model, limit):
     assert texts == [model.expected(prompt, 20) for prompt in prompts]
     assert started == list(range(len(prompts))), "not first come, first served"
     assert model.caches == [limit.get("n_pages", 6)]  # 3 + 3: the two largest can run together
+
+
+@pytest.mark.usefixtures("steps_ahead")
+@pytest.mark.parametrize("seed", range(25))
+def test_any_schedule_writes_the_same_texts(model, monkeypatch, seed):
+    """Prompts, limits and stops at random, rows padded as for graphs."""
+    numbers = random.Random(seed)
+    monkeypatch.setitem(decoder.BUCKETS, "cpu", (1, 2, 4, 8))
+    prompts = make_prompts([numbers.choice((1, 5, 63, 64, 65, 150)) for _ in range(9)])
+    new_tokens = numbers.choice((1, 2, 17, 70))
+    stops = tuple(numbers.sample(range(VOCAB), numbers.choice((0, 1, 6))))
+    largest = max(-(-(len(prompt) + new_tokens - 1) // PAGE_SIZE) for prompt in prompts)
+    limits = {
+        "n_pages": largest + numbers.choice((0, 1, 5, 30)),
+        "max_batch": numbers.choice((1, 2, 3, 8)),
+        "prefill_chunk": numbers.choice((1, 40, 64, 500)),
+    }
+    texts = generate(model, prompts, new_tokens, stop_token_ids=stops, **limits)
+    assert texts == [model.expected(prompt, new_tokens, stops) for prompt in prompts]
 
 
 @pytest.mark.usefixtures("steps_ahead")
