@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from glm4_kernels.add_rms_norm import (
     launch_add_rms_norm,
     launch_add_rms_norm_quantized,
 )
-from glm4_kernels.quantize_rows import QUANTISED_LIMIT, quantize_rows
+from glm4_kernels.quantize_rows import QUANTISED_LIMIT, check_quantize_rows, quantize_rows
 from glm4_kernels.rms_norm import (
     launch_rms_norm,
     launch_rms_norm_quantized,
@@ -214,6 +215,7 @@ def test_edges(norm, device):
     assert scale[2].isfinite().all() and (q[2].abs() == 127).any()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # inf * 0
 def test_a_nan_in_one_column_shows_in_its_group(device):
     """An infinite weight of a zero: the other groups keep their values."""
     x, weight = torch.ones(1, 96, device=device), torch.ones(96, device=device)
@@ -250,6 +252,16 @@ def test_rejects(norm, error, message, dtype, group_size, rounding):
     function = partial(getattr(gk, f"{norm}_quantized"), *arguments, EPS)
     with pytest.raises(error, match=f"^{norm}_quantized: {message}"):
         function(dtype, group_size, rounding)
+
+
+def test_rejects_fp8_on_a_gpu_that_has_none(monkeypatch):
+    x = SimpleNamespace(shape=(2, 64), device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    check_quantize_rows("rms_norm_quantized", x, INT8, 64)
+    with pytest.raises(TypeError, match=r"^rms_norm_quantized: dtype must be int8 before sm_89"):
+        check_quantize_rows("rms_norm_quantized", x, FP8, None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    check_quantize_rows("rms_norm_quantized", x, FP8, None)
 
 
 def test_rejects_like_the_norm():
