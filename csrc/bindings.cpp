@@ -1,5 +1,6 @@
-// The Python module glm4_kernels._C: conversions only. Tensors cross as (address, bytes); the
-// checks that give good messages are in Python, those that memory safety needs beside each op.
+// The Python module glm4_kernels._C: conversions only. Tensors cross as (address, bytes), or, where
+// that would take too long, as they are (tensor.h); the checks that give good messages are in
+// Python, those that memory safety needs beside each op.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -121,9 +122,8 @@ static PyObject* quantized_matmul_tensors(PyObject*, PyObject* const* args, Py_s
 PYBIND11_MODULE(_C, module) {
     module.def("build_info", build_info);
 
-    module.def("learn_tensors", [](py::object tensor_class) {
-        if (!glm4::learn_tensors(tensor_class.ptr())) throw py::error_already_set();
-    });
+    module.def("learn_tensors",
+               [](py::type tensor_class) { glm4::learn_tensors(tensor_class.ptr()); });
     static PyMethodDef fast = {
         "quantized_matmul_tensors",
         reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quantized_matmul_tensors)),

@@ -41,21 +41,16 @@ int dtype_of(const DLTensor& view) {
 
 }  // namespace
 
-bool learn_tensors(PyObject* tensor_class) {
+void learn_tensors(PyObject* tensor_class) {
     PyObject* capsule = PyObject_GetAttrString(tensor_class, "__dlpack_c_exchange_api__");
-    if (!capsule) return false;
-    const auto* found =
-        static_cast<const ExchangeTable*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-    Py_DECREF(capsule);  // the class keeps it
-    if (!found) return false;
-    if (!PyType_Check(tensor_class) || found->major != 1 || !found->view_of_object) {
-        PyErr_SetString(PyExc_RuntimeError, "torch exchanges tensors in an unknown way");
-        return false;
-    }
+    const void* found = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
+    Py_XDECREF(capsule);  // the class keeps it
+    PyErr_Clear();
+    const auto* exchange = static_cast<const ExchangeTable*>(found);
+    if (!exchange || exchange->major != 1 || !exchange->view_of_object) return;
     Py_INCREF(tensor_class);
     tensor_type = reinterpret_cast<PyTypeObject*>(tensor_class);
-    table = found;
-    return true;
+    table = exchange;
 }
 
 bool read_tensor(PyObject* object, Tensor* tensor) {

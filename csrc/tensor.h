@@ -24,9 +24,9 @@ struct Tensor {
     }
 };
 
-// Takes the table out of torch.Tensor, once; a Python error is set and false returned if it has
-// none, or another than we know.
-bool learn_tensors(PyObject* tensor_class);
+// Takes the table out of torch.Tensor, once. A torch that has none, or one of a later major
+// version, leaves every tensor unread.
+void learn_tensors(PyObject* tensor_class);
 
 // False, with no error set, for what is not a contiguous CPU tensor of some DType. What `tensor`
 // points to lives as long as the object; the GIL is held.

@@ -1,7 +1,7 @@
 """The compiled extension `glm4_kernels._C`: C++ and CUDA kernels that know nothing of torch.
 
-Tensors cross as (address, bytes). Importing this package works without it; the ops that need it
-then say how to build it.
+Tensors cross as (address, bytes), or as they are (csrc/tensor.h). Importing this package works
+without it; the ops that need it then say how to build it.
 """
 
 from __future__ import annotations
