@@ -788,6 +788,13 @@ def test_report_writes_the_tables(committed):
     assert report_on(committed, "--check") == 0
 
 
+def test_first_calls_are_told():
+    row = {"first_token_ms": 12.3}
+    assert report.first_token(row) == "12 ms"
+    assert report.first_token(row | {"warmup_s": 0.01}) == "12 ms"
+    assert report.first_token(row | {"warmup_s": 81.26}) == "12 ms (first call +81.3 s)"
+
+
 def test_check_goes_red_when_the_readme_is_stale(committed, capsys):
     file = committed / "results" / "cpu" / "cpu.json"
     result = json.loads(file.read_text())
