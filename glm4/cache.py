@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glm4_kernels.huge_pages import zeros_in_huge_pages
+
 PAGE_SIZE = 64
 
 
@@ -42,5 +44,5 @@ class Cache:
     ) -> None:
         shape = (n_pages, n_kv_heads, PAGE_SIZE, head_dim)
         self.n_pages = n_pages
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.k = [zeros_in_huge_pages(shape, dtype, device) for _ in range(n_layers)]
+        self.v = [zeros_in_huge_pages(shape, dtype, device) for _ in range(n_layers)]

@@ -35,6 +35,7 @@ from glm4.quantization_config import Quantization, read_quantization
 from glm4.quantization_policy import LINEAR, Policy, policy_of, preparer
 from glm4.quantized_checkpoint import QuantizedPart, find_part, is_idle_bias, read_quantized
 from glm4.tensor_files import STORED_DTYPES, CheckpointError, Stored, find_tensors, read_json
+from glm4_kernels.huge_pages import zeros_in_huge_pages
 from glm4_kernels.library import bad_type, bad_value
 
 DEMO = Path(__file__).parent / "demo"
@@ -103,7 +104,7 @@ def load(
             elif name == "lm_head" and config.tied:
                 weights[name] = prepare(name, weights["embedding"])
             else:
-                weight = torch.empty(shape, dtype=dtype, device=target)
+                weight = zeros_in_huge_pages(shape, dtype, target)
                 read_into(weight, checkpoint.floats[name])
                 weights[name] = prepare(name, weight)
             show(done)

@@ -10,15 +10,13 @@ in both: `from_codes` packs it once, `codes` and `dequantize` decode what the ke
 
 from __future__ import annotations
 
-import math
-import mmap
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from glm4_kernels.huge_pages import zeros_in_huge_pages
 from glm4_kernels.library import FLOAT_DTYPES, bad_type, bad_value
 
 BITS = (4, 8)
@@ -29,8 +27,6 @@ BLOCK = 32
 TILE = 16
 # Weights are unpacked this many at a time: 16 MiB of scratch in fp32, whatever the matrix.
 SLAB = 4 * 2**20
-# Bytes of a huge page.
-HUGE_PAGE = 2 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +107,7 @@ class QuantizedWeight:
             packed_shape, scale_shape = [n_tiles, TILE * k * bits // 8], [n_tiles, n_groups, TILE]
         else:
             packed_shape, scale_shape = [n, k * bits // 8], [n, n_groups]
-        packed = empty_packed(packed_shape, device)
+        packed = zeros_in_huge_pages(packed_shape, torch.uint8, device)
         scale = torch.empty(scale_shape, dtype=scale_dtype, device=device)
         zero_point = None
         if zero_point_dtype is not None:
@@ -158,7 +154,8 @@ class QuantizedWeight:
         return self.from_codes(*codes, self.bits, self.group_size, moved(self.order, device))
 
     def __deepcopy__(self, memo: dict[int, object]) -> QuantizedWeight:
-        packed = empty_packed(self.packed.shape, self.packed.device).copy_(self.packed)
+        packed = zeros_in_huge_pages(self.packed.shape, torch.uint8, self.packed.device)
+        packed.copy_(self.packed)
         zero_point = None if self.zero_point is None else self.zero_point.clone()
         order = None if self.order is None else self.order.clone()
         return replace(
@@ -180,20 +177,6 @@ class QuantizedWeight:
         if self.order is not None:
             weight = weight[:, self.order.argsort()]
         return weight
-
-
-def empty_packed(shape: Sequence[int], device: torch.device) -> Tensor:
-    """uint8, on CPU in huge pages where the system has them: a matrix of GLM-4-9B is then streamed
-    2 to 25 % faster (2-core Zen 5, crowded and free; one row of x)."""
-    size = math.prod(shape)
-    if device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(tuple(shape), dtype=torch.uint8, device=device)
-    memory = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    padded = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory` alive
-    start = -padded.data_ptr() % HUGE_PAGE
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
-    return padded[start : start + size].view(tuple(shape))
 
 
 def moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
