@@ -17,9 +17,9 @@ q for the tensor cores; the reference does not); one rounding of out to the dtyp
 On the CPU (csrc/cpu/flash_decode*) products are in fp32, but for two pairs on a processor with
 AVX512-BF16 and VNNI, both with q in bf16. Over a bf16 cache p is rounded to bf16. Over an int8
 cache q is rounded to 16-bit integers, exact down to a 128th of its row's largest (lse then errs by
-up to 1e-5), and p v_scale to integers of the largest of 32 keys: of 8 bits where those keys'
-weights are so alike that this errs by less than 1/32 of their sum even if all err alike, else of
-16.
+up to 1e-5), and p v_scale, over 32 keys, to 8-bit integers of the largest p and v_scale, where
+those keys' weights are so alike that this errs by less than 1/32 of their sum even if all err
+alike; else to finer ones, that err by less than 1/128 of it, and a second byte.
 
 Bytes moved: keys * G * (2 * D * itemsize, + 8 if quantised), plus q, out and lse; the partials
 (n_splits * H * (D + 1) * 4 written and read) are bounded by the number of programs, not by keys.

@@ -502,6 +502,15 @@ def test_cpu_not_finite_stays_not_finite(dtype, variant):
     assert not out[0, 1, 7].isfinite() and out[0, 1, :7].isfinite().all()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cpu_scales_not_finite(variant):
+    for name, value in (("k_scale", math.nan), ("v_scale", math.nan), ("v_scale", math.inf)):
+        p = problem([70], "cpu", heads=(2, 2), dtype=torch.bfloat16, cache_dtype=torch.int8)
+        getattr(p, name)[p.block_table[0, 1], 1, 2] = value
+        out, _ = flash_decode_cpu(*p.args, variant=variant)
+        assert out[0, 0].isfinite().all() and not out[0, 1].isfinite().any()
+
+
 def test_cpu_sees_every_float8():
     """k = 0 and one key: out is v. Every finite number, subnormals too, and NaN."""
     values = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn)
