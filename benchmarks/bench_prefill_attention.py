@@ -1,5 +1,6 @@
 """A prompt's attention in chunks over its pages, as the engine reads it, beside PyTorch's SDPA on
-the whole prompt: K and V gathered already, no pages, no chunks."""
+the whole prompt: K and V gathered already, no pages, no chunks. Ours also pays for joining its
+chunks, which the engine does not."""
 
 from __future__ import annotations
 
