@@ -92,14 +92,15 @@ class Sampling:
             scores = torch.where(seen, penalised, scores)
         if uniform is None:
             chosen = scores.argmax(-1)
+            largest = scores.gather(1, chosen.unsqueeze(1)).squeeze(1)  # NaN counts as such
         else:
+            largest = scores.amax(-1)  # NaN here too
             cumulative = self.probabilities(scores).cumsum(-1)
             target = uniform[:, None] * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]
             chosen = chosen.clamp(max=logits.shape[1] - 1)  # NaN sorts last
         if seen.shape[1]:
             seen.scatter_(1, chosen[:, None], True)
-        largest = scores.amax(-1)  # hands a NaN on
         finite = largest - largest == 0  # isfinite in two kernels, not four
         return torch.where(finite, chosen, -1)
 
@@ -108,9 +109,8 @@ class Sampling:
         if self.top_k is not None and self.top_k < scores.shape[1]:
             smallest_kept = scores.topk(self.top_k).values[:, -1:]
             scores = scores.masked_fill(scores < smallest_kept, -math.inf)
-        largest = scores.amax(
-            -1, keepdim=True
-        )  # subtracted first, so that no temperature overflows
+        # Subtracted first, so that no temperature overflows.
+        largest = scores.amax(-1, keepdim=True)
         if self.top_p < 1.0:
             ascending, order = scores.sort(-1)  # in fp32: half the passes of a GPU's sort
             sorted_scores = (ascending.double() - largest) / self.temperature
