@@ -100,12 +100,17 @@ def run_test_file(file: Path) -> list[tuple[str, str, str]]:
         return outcomes
 
 
-def kernels() -> Iterator[dict[str, Any]]:
-    """Times every case of every `bench_*`."""
+# Ops that take most of a step; the norms, SwiGLU and RoPE have a stage of their own.
+LARGE_OPS = ("flash_decode", "merge_attention", "prefill_attention", "quantized_matmul")
+
+
+def kernels(large: bool) -> Iterator[dict[str, Any]]:
+    """Times every case of the `bench_*` of large, or of small ops."""
     ceilings = measure_ceilings(CUDA)
     result: dict[str, Any] = {"ceilings": asdict(ceilings), "ops": []}
     yield result
-    cases = [case for module in discover().values() for case in module.cases(CUDA)]
+    modules = [module for op, module in discover().items() if (op in LARGE_OPS) == large]
+    cases = [case for module in modules for case in module.cases(CUDA)]
     for op in run_cases(cases, CUDA, ceilings):
         print(f"{op['op']}: {op['label']}", flush=True)
         result["ops"].append(op)
@@ -156,7 +161,8 @@ def profile(plan: Plan, device: torch.device = CUDA) -> Iterator[dict[str, Any]]
 STAGES = {
     "build": Stage(build, 7.5),
     "tests": Stage(tests, 7.8),
-    "kernels": Stage(kernels, 7.8),
+    "kernels": Stage(partial(kernels, True), 7.8),
+    "kernels-small": Stage(partial(kernels, False), 7.8),
     "model-9b": Stage(
         partial(model, Plan("glm-4-9b-chat", first_tokens=(1024, 32768, 131072))), 7.8
     ),
