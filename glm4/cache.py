@@ -28,6 +28,7 @@ class Step:
     block_table: Tensor  # [B, max_pages] int32
     seq_lens: Tensor | None = None  # [B] int32
     spans: tuple[tuple[int, int], ...] | None = None
+    schedule: Tensor | None = None  # of a decode step on a GPU: `gk.decode_schedule`
 
 
 class Cache:

@@ -245,6 +245,9 @@ class Model:
         residual = F.embedding(step.tokens, self.embedding)  # [T, hidden]
         y = gk.rms_norm(residual, self.first_norm, self.config.eps)  # [T, hidden]
         chunks = None if step.spans is None else chunks_of(step)
+        if step.seq_lens is not None and self.device.type != "cpu":
+            heads = self.config.heads, self.config.kv_heads
+            step = replace(step, schedule=gk.decode_schedule(step.seq_lens, *heads))
         for block, k_cache, v_cache in zip(self.blocks, cache.k, cache.v, strict=True):
             y, residual = block.forward(y, residual, step, chunks, k_cache, v_cache)
         return y
@@ -378,7 +381,8 @@ class Attention:
         if chunks is None:
             assert step.seq_lens is not None
             y = gk.flash_decode(
-                q, k_cache, v_cache, step.block_table, step.seq_lens, self.scale
+                *(q, k_cache, v_cache, step.block_table, step.seq_lens, self.scale),
+                schedule=step.schedule,
             )  # [T, H, D]
         else:
             y = prefill_attention(q, k_cache, v_cache, chunks, self.scale)  # [T, H, D]

@@ -1,6 +1,7 @@
 """The hot paths of GLM-4 as PyTorch ops."""
 
 from glm4_kernels.add_rms_norm import add_rms_norm, add_rms_norm_quantized
+from glm4_kernels.decode_schedule import decode_schedule
 from glm4_kernels.flash_decode import flash_decode
 from glm4_kernels.merge_attention import merge_attention
 from glm4_kernels.quantize import quantize
@@ -17,6 +18,7 @@ __all__ = [
     "QuantizedWeight",
     "add_rms_norm",
     "add_rms_norm_quantized",
+    "decode_schedule",
     "flash_decode",
     "merge_attention",
     "quantize",

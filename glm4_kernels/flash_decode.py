@@ -7,9 +7,10 @@ that sees none gives out = 0 and lse = -inf. Keys live in pages; key t of sequen
 `block_table[b, t // page_size]`, offset `t % page_size`. A quantised cache has a scale per token
 and head: k = k_scale * k_cache, folded into s; v = v_scale * v_cache, folded into p.
 
-Two stages: the group's query heads (times Q) form one tile, so that a KV head is read once; each
-of `n_splits` programs takes an equal run of its sequence's tiles (partial), and their results are
-merged by lse in a fixed order (combine). One split writes the result itself.
+Two stages: the group's query heads (times Q) form one tile, so that a KV head is read once. A fixed
+number of programs takes runs of keys, shared out by `decode_schedule` (partial); the results of a
+sequence that several programs had are merged by lse in a fixed order (combine), one that a single
+program had it writes itself.
 
 Rounding points: s, p, lse and all sums in fp32 (the kernel rounds p, or p v_scale, to the dtype of
 q for the tensor cores; the reference does not); one rounding of out to the dtype of q.
@@ -22,7 +23,7 @@ those keys' weights are so alike that this errs by less than 1/32 of their sum e
 alike; else to finer ones, that err by less than 1/128 of it, and a second byte.
 
 Bytes moved: keys * G * (2 * D * itemsize, + 8 if quantised), plus q, out and lse; the partials
-(n_splits * H * (D + 1) * 4 written and read) are bounded by the number of programs, not by keys.
+(splits * Q * H * (D + 1) * 4 written and read) are bounded by the number of programs, not by keys.
 """
 
 from __future__ import annotations
@@ -33,24 +34,38 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from glm4_kernels.decode_schedule import (
+    MAX_GROUP,
+    MAX_QUERIES,
+    UNIT,
+    launch_decode_schedule,
+    most_splits,
+    parts_of,
+    programs_per_kv_head,
+    schedule_rows,
+    schedule_slots,
+)
+from glm4_kernels.dependent_launch import dependent, wait_for_producers
 from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
 from glm4_kernels.library import (
     FLOAT_DTYPES,
     bad_type,
     bad_value,
     error_flag,
-    multiprocessor_count,
     register_op,
 )
 from glm4_kernels.triton_import import tl, triton
 
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 HEAD_DIMS = (64, 128)
-MAX_GROUP = 32
-MAX_QUERIES = 8
 MIN_PAGE_SIZE = 16
 # enum class CacheFormat in csrc/flash_decode.h; any other dtype is that of q
 CACHE_FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}
+# Arguments of the kernels that have no bearing on how they load: one binary serves all batches.
+SIZES_OF_A_BATCH = (
+    *("stride_table_batch", "n_sequences", "n_heads", "n_runs", "n_slots"),
+    *("n_pages", "max_pages", "max_keys"),
+)
 # p * v_scale times this stays among fp16's normal numbers for smaller p; times the largest |v| of
 # fp16, 65504, over 127 it stays finite.
 P_RANGE = 64.0
@@ -65,7 +80,10 @@ def flash_decode_reference(
     scale: float,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """`schedule` and `batch_invariant` change nothing: here no sequence is split."""
     rows = q if q.dim() == 4 else q.unsqueeze(1)  # [B, Q, H, D]
     n_queries, n_heads = rows.shape[1:3]
     n_kv_heads, page_size = k_cache.shape[1:3]
@@ -106,11 +124,15 @@ def gather_tokens(
     return tokens * cache_scale[pages].transpose(0, 1).flatten(1)[:, :n_keys, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _flash_decode_partial_kernel(
     out_ptr,
     lse_ptr,
+    split_out_ptr,
+    split_lse_ptr,
     error_ptr,
+    programs_ptr,
+    runs_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -132,170 +154,271 @@ def _flash_decode_partial_kernel(
     stride_v_scale_page,
     stride_v_scale_head,
     stride_table_batch,
+    n_sequences,
     n_queries,
-    n_kv_heads,
+    n_runs,
+    n_slots,
     n_pages,
     max_pages,
     scale,
+    one,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     P_RANGE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """out = softmax(scale q k^T) v and its lse, over one split of one sequence and KV head.
+    """out = softmax(scale q k^T) v and its lse, over each run of keys that this program has.
 
     Online softmax over tiles of BLOCK_N keys, s and m before scaling:
         s = q k^T    m' = max(m, max s)    p = exp(scale (s - m'))    decay = exp(scale (m - m'))
         total = decay total + sum p    acc = decay acc + p v    out = acc / total
+
+    `one` is 1.0, which the compiler does not see. It stands between a quantised v and its product:
+    else Triton gives the tensor cores v byte by byte from shared memory, in 8-byte copies, and a
+    tile of 64 keys takes 934 instructions a warp, not 805 (sm_90, Triton 3.9).
     """
-    batch = (tl.program_id(0) // n_kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(0) % n_kv_heads).to(tl.int64)
-    split = tl.program_id(1).to(tl.int64)
-    n_splits = tl.num_programs(1)
+    program = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    n_kv_heads = tl.num_programs(1)
+    wait_for_producers(PDL)  # all that is read below may have been written in the same graph
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
-    seq_len = tl.load(seq_lens_ptr + batch)
-    bad = (seq_len < 0) | (seq_len > max_pages * PAGE_SIZE)
-    seq_len = tl.where(bad, 0, seq_len)
-
-    # Tiles are shared out evenly; the first `rest` splits take one more.
-    n_tiles = tl.cdiv(seq_len, BLOCK_N)
-    share, rest = n_tiles // n_splits, n_tiles % n_splits
-    first_tile = split * share + tl.minimum(split, rest)
-    end_tile = first_tile + share + (split < rest).to(tl.int64)
-    first_key = (first_tile * BLOCK_N).to(tl.int32)
-    end_key = (end_tile * BLOCK_N).to(tl.int32)
+    more = tl.load(programs_ptr + program * 8 + 4)
+    n_more = tl.load(programs_ptr + program * 8 + 5)
+    schedule_bad = (more < 0) | (n_more < 0) | (more > n_runs - n_more)
+    n_more = tl.where(schedule_bad, 0, n_more)
+    bad = schedule_bad
 
     # Rows are the group's heads of query 0, then those of query 1, ...
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     query = (rows // GROUP).to(tl.int64)
     head = kv_head * GROUP + rows % GROUP
     row_mask = query < n_queries
-    n_visible = seq_len - n_queries + 1 + rows // GROUP
     dims = tl.arange(0, HEAD_DIM)
-    q_rows = batch * stride_q_batch + query * stride_q_query + head * stride_q_head
-    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=row_mask[:, None], other=0.0)
-
     scale_log2 = scale * 1.4426950408889634
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    for start in range(first_key, end_key, BLOCK_N):
-        page = tl.load(block_table_ptr + batch * stride_table_batch + start // PAGE_SIZE)
-        page = page.to(tl.int64)
-        page_bad = (page < 0) | (page >= n_pages)
-        bad |= page_bad
-        n_keys = tl.where(page_bad, 0, seq_len)
-        keys = start + tl.arange(0, BLOCK_N)
-        key_mask = keys < n_keys
-        token = keys % PAGE_SIZE
+    for i in range(-1, n_more):
+        run_ptr = runs_ptr + (more + i).to(tl.int64) * 4
+        if i < 0:
+            run_ptr = programs_ptr + program * 8
+        sequence = tl.load(run_ptr).to(tl.int64)
+        first_unit = tl.load(run_ptr + 1)
+        end_unit = tl.load(run_ptr + 2)
+        slot = tl.load(run_ptr + 3).to(tl.int64)
+        run_bad = (sequence < 0) | (sequence >= n_sequences) | (slot >= n_slots)
+        sequence = tl.where(run_bad, 0, sequence)
+        seq_len = tl.load(seq_lens_ptr + sequence)
+        run_bad |= (seq_len < 0) | (seq_len > max_pages * PAGE_SIZE)
+        run_bad |= (first_unit < 0) | (end_unit > tl.cdiv(seq_len, UNIT))
+        empty = first_unit >= end_unit
+        bad |= run_bad & (empty == 0)
+        empty |= run_bad
+        first_key = tl.where(empty, 0, first_unit.to(tl.int64) * UNIT).to(tl.int32)
+        end_key = tl.minimum(end_unit.to(tl.int64) * UNIT, seq_len).to(tl.int32)
+        end_key = tl.where(empty, 0, end_key)
 
-        k_tile = k_ptr + page * stride_k_page + kv_head * stride_k_head
-        k_ptrs = k_tile + token[:, None] * stride_k_token + dims[None, :]
-        k = tl.load(k_ptrs, mask=key_mask[:, None], other=0.0)
-        if k.dtype == tl.float8e4nv:  # Triton 3.6 has no fp8 to bf16 on sm_89
-            k = k.to(tl.float32)
-        k = k.to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if k_scale_ptr is not None:
-            k_scale = k_scale_ptr + page * stride_k_scale_page + kv_head * stride_k_scale_head
-            s *= tl.load(k_scale + token, mask=key_mask, other=0.0)[None, :]
-        visible = keys[None, :] < tl.minimum(n_visible, n_keys)[:, None]
-        s = tl.where(visible, s, float("-inf"))
+        if first_key < end_key:
+            q_rows = sequence * stride_q_batch + query * stride_q_query + head * stride_q_head
+            q_ptrs = q_ptr + q_rows[:, None] + dims[None, :]
+            q = tl.load(q_ptrs, mask=row_mask[:, None], other=0.0)
+            n_visible = seq_len - n_queries + 1 + rows // GROUP
+            table_ptr = block_table_ptr + sequence * stride_table_batch
+            page_id = tl.load(table_ptr + first_key // PAGE_SIZE)
+            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+            for start in range(first_key, end_key, BLOCK_N):
+                page = page_id.to(tl.int64)
+                page_bad = (page < 0) | (page >= n_pages)
+                bad |= page_bad
+                n_keys = tl.where(page_bad, 0, seq_len)
+                keys = start + tl.arange(0, BLOCK_N)
+                key_mask = keys < n_keys
+                token = keys % PAGE_SIZE
+                # A tile ahead, so that no K waits for the address of its page.
+                next_start = start + BLOCK_N
+                next_ptr = table_ptr + next_start // PAGE_SIZE
+                page_id = tl.load(next_ptr, mask=next_start < end_key, other=0)
 
-        m_new = tl.maximum(m, tl.max(s, axis=1))
-        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2((s - m_finite[:, None]) * scale_log2)
-        decay = tl.exp2((m - m_finite) * scale_log2)
-        total = total * decay + tl.sum(p, axis=1)
-        m = m_new
+                k_tile = k_ptr + page * stride_k_page + kv_head * stride_k_head
+                k_ptrs = k_tile + token[:, None] * stride_k_token + dims[None, :]
+                k = tl.load(
+                    k_ptrs, mask=key_mask[:, None], other=0.0, eviction_policy="evict_first"
+                )
+                if k.dtype == tl.float8e4nv:  # Triton 3.6 has no fp8 to bf16 on sm_89
+                    k = k.to(tl.float32)
+                k = k.to(q.dtype)
+                s = tl.dot(q, tl.trans(k), input_precision="ieee")
+                if k_scale_ptr is not None:
+                    k_scale = k_scale_ptr + page * stride_k_scale_page
+                    k_scale += kv_head * stride_k_scale_head
+                    s *= tl.load(k_scale + token, mask=key_mask, other=0.0)[None, :]
+                visible = keys[None, :] < tl.minimum(n_visible, n_keys)[:, None]
+                s = tl.where(visible, s, float("-inf"))
 
-        if v_scale_ptr is not None:
-            v_scale = v_scale_ptr + page * stride_v_scale_page + kv_head * stride_v_scale_head
-            p *= tl.load(v_scale + token, mask=key_mask, other=0.0)[None, :] * P_RANGE
-        v_tile = v_ptr + page * stride_v_page + kv_head * stride_v_head
-        v_ptrs = v_tile + token[:, None] * stride_v_token + dims[None, :]
-        v = tl.load(v_ptrs, mask=key_mask[:, None], other=0.0)
-        if v.dtype == tl.float8e4nv:
-            v = v.to(tl.float32)
-        v = v.to(q.dtype)
-        pv = tl.dot(p.to(q.dtype), v, input_precision="ieee")
-        acc = acc * decay[:, None] + pv
+                m_new = tl.maximum(m, tl.max(s, axis=1))
+                m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+                p = tl.exp2((s - m_finite[:, None]) * scale_log2)
+                decay = tl.exp2((m - m_finite) * scale_log2)
+                total = total * decay + tl.sum(p, axis=1)
+                m = m_new
 
-    total = tl.where(total == 0.0, 1.0, total)  # no key seen: acc = 0 and m = -inf
-    out = acc / total[:, None]
-    if v_scale_ptr is not None:
-        out *= 1.0 / P_RANGE
-    lse = m * scale + tl.log(total)
+                if v_scale_ptr is not None:
+                    v_scale = v_scale_ptr + page * stride_v_scale_page
+                    v_scale += kv_head * stride_v_scale_head
+                    p *= tl.load(v_scale + token, mask=key_mask, other=0.0)[None, :] * P_RANGE
+                v_tile = v_ptr + page * stride_v_page + kv_head * stride_v_head
+                v_ptrs = v_tile + token[:, None] * stride_v_token + dims[None, :]
+                v = tl.load(
+                    v_ptrs, mask=key_mask[:, None], other=0.0, eviction_policy="evict_first"
+                )
+                if v.dtype == tl.float8e4nv:
+                    v = v.to(tl.float32)
+                v = v.to(q.dtype)
+                if v_scale_ptr is not None:
+                    v *= tl.full([1, 1], one, q.dtype)
+                pv = tl.dot(p.to(q.dtype), v, input_precision="ieee")
+                acc = acc * decay[:, None] + pv
 
-    n_heads = n_kv_heads * GROUP
-    out_rows = ((batch * n_queries + query) * n_heads + head) * n_splits + split
-    tl.store(lse_ptr + out_rows, lse, mask=row_mask)
-    # A combine skips what has lse = -inf, so an empty split need not write its zeros.
-    n_written = tl.where((first_key < end_key) | (n_splits == 1), n_queries, 0)
-    out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(query < n_written)[:, None])
+            total = tl.where(total == 0.0, 1.0, total)  # no key seen: acc = 0 and m = -inf
+            out = acc / total[:, None]
+            if v_scale_ptr is not None:
+                out *= 1.0 / P_RANGE
+            lse_log2 = m * scale_log2 + tl.log2(total)
+            if slot < 0:
+                n_heads = n_kv_heads * GROUP
+                out_rows = (sequence * n_queries + query) * n_heads + head
+                tl.store(lse_ptr + out_rows, lse_log2 * 0.6931471805599453, mask=row_mask)
+                out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :]
+                tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
+            else:
+                split_rows = (kv_head * n_slots + slot) * (n_queries * GROUP) + rows
+                tl.store(split_lse_ptr + split_rows, lse_log2, mask=row_mask)
+                split_ptrs = split_out_ptr + split_rows[:, None] * HEAD_DIM + dims[None, :]
+                tl.store(split_ptrs, out, mask=row_mask[:, None])
     if bad:
         tl.store(error_ptr, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _flash_decode_combine_kernel(
     out_ptr,
     lse_ptr,
+    error_ptr,
     split_out_ptr,
     split_lse_ptr,
-    n_splits,
+    splits_ptr,
+    seq_lens_ptr,
+    n_queries,
+    n_heads,
+    n_slots,
+    max_keys,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """out = sum_s w_s out_s / sum_s w_s with w_s = exp(lse_s - max lse); one row, BLOCK_D dims."""
+    """out = sum_s w_s out_s / sum_s w_s with w_s = 2^(lse_s - max lse); one row, BLOCK_D dims.
+
+    Nothing to do for a row with one split; zeros and -inf for one with none.
+    """
+    wait_for_producers(PDL)
     row = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, BLOCK_S)
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split_rows = row * n_splits + splits
+    sequence = row // (n_queries * n_heads)
+    query, head = row // n_heads % n_queries, row % n_heads
+    kv_head, row_of_head = head // GROUP, query * GROUP + head % GROUP
 
-    split_lse = tl.load(split_lse_ptr + split_rows, splits < n_splits, other=float("-inf"))
-    m = tl.max(split_lse, axis=0)
-    weight = tl.exp(split_lse - tl.where(m == float("-inf"), 0.0, m))
-    total = tl.sum(weight, axis=0)
-    total = tl.where(total == 0.0, 1.0, total)
+    seq_len = tl.load(seq_lens_ptr + sequence)
+    n_splits = tl.load(splits_ptr + sequence * 4)
+    first_slot = tl.load(splits_ptr + sequence * 4 + 1)
+    base = tl.load(splits_ptr + sequence * 4 + 2)
+    units = tl.load(splits_ptr + sequence * 4 + 3)
+    bad = (seq_len < 0) | (seq_len > max_keys) | (tl.cdiv(seq_len, UNIT) != units)
+    bad |= (n_splits < 1) & (units > 0)
+    if n_splits > 1:
+        bad |= (
+            (first_slot < 0) | (first_slot >= n_slots) | (base < -1) | (base > n_slots - n_splits)
+        )
+    n_splits = tl.where(bad, 0, n_splits)
+    if bad:
+        tl.store(error_ptr, 1)
 
-    seen = split_lse[:, None] > float("-inf")
-    split_ptrs = split_out_ptr + split_rows[:, None] * HEAD_DIM + dims[None, :]
-    split_out = tl.load(split_ptrs, mask=seen, other=0.0)
-    out = tl.sum(weight[:, None] * split_out, axis=0) / total
+    if n_splits != 1:
+        m = tl.max(tl.full([BLOCK_S], float("-inf"), tl.float32), axis=0)
+        total = tl.sum(tl.zeros([BLOCK_S], tl.float32), axis=0)
+        acc = tl.zeros([BLOCK_D], tl.float32)
+        for first in range(0, n_splits, BLOCK_S):
+            split = first + tl.arange(0, BLOCK_S)
+            slot = tl.where(split == 0, first_slot, base + split)
+            split_rows = (kv_head * n_slots + slot) * (n_queries * GROUP) + row_of_head
+            mask = split < n_splits
+            split_lse = tl.load(split_lse_ptr + split_rows, mask=mask, other=float("-inf"))
+            split_ptrs = split_out_ptr + split_rows[:, None] * HEAD_DIM + dims[None, :]
+            split_out = tl.load(split_ptrs, mask=mask[:, None], other=0.0)
 
-    tl.store(out_ptr + row * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty))
-    tl.store(lse_ptr + row, m + tl.log(total), mask=tl.program_id(1) == 0)
+            m_new = tl.maximum(m, tl.max(split_lse, axis=0))
+            m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+            weight = tl.exp2(split_lse - m_finite)
+            decay = tl.exp2(m - m_finite)
+            total = total * decay + tl.sum(weight, axis=0)
+            acc = acc * decay + tl.sum(weight[:, None] * split_out, axis=0)
+            m = m_new
+
+        total = tl.where(total == 0.0, 1.0, total)
+        tl.store(out_ptr + row * HEAD_DIM + dims, (acc / total).to(out_ptr.dtype.element_ty))
+        lse = (m + tl.log2(total)) * 0.6931471805599453
+        tl.store(lse_ptr + row, lse, mask=tl.program_id(1) == 0)
 
 
-def launch_plan(n_rows: int, q_bytes: int, kv_bytes: int) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps, num_stages, programs per multiprocessor).
+def launch_plan(n_rows: int, q_bytes: int, kv_bytes: int) -> tuple[int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, num_warps, num_stages) of the partial kernel.
 
     Derived and compiled, not measured yet. To stream at full speed an H200 needs about
     4.3 TB/s * 1 us / 132 = 33 KB in flight per multiprocessor; a program has `num_stages - 1` tiles
     of K and V in flight, 64 KB in bf16 at up to 32 rows and D = 128, and two programs share a
-    multiprocessor. Its shared memory is then those two tiles and the q and p tiles: 70 KB at 16
-    rows, 76 KB at 32, which also fits the 99 KB of sm_86, 89 and 120. From 64 rows on, registers
-    allow one program.
+    multiprocessor (`programs_per_kv_head`). Its shared memory is then those two tiles and the q and
+    p tiles: 70 KB at 16 rows, 76 KB at 32, which also fits the 99 KB of sm_86, 89 and 120. From 64
+    rows on, registers allow one program.
 
     Args:
         n_rows: query rows that share a KV head, Q * group; more than 128 take several tiles.
         q_bytes, kv_bytes: bytes of one element of q and of the caches.
     """
     if q_bytes == 4:  # no tensor cores: the products live in registers
-        return 16, 32, 8, 2, 2
+        return 16, 32, 8, 2
     stages = 4 if kv_bytes == 1 else 3
     if n_rows <= 16:
-        return 16, 64, 4, stages, 2
-    if n_rows <= 32:  # converting 64 one-byte keys spills on sm_90; 32 in more stages do not
-        return (32, 32, 4, 7, 2) if kv_bytes == 1 else (32, 64, 4, stages, 2)
+        return 16, 64, 4, stages
+    if n_rows <= 32:
+        return 32, 64, 4, stages
     if n_rows <= 64:
-        return 64, 64, 8, 3, 1
-    return 128, 32, 8, 4, 1
+        return 64, 64, 8, 3
+    return 128, 32, 8, 4
+
+
+def combine_plan(n_rows: int, most_splits: int, batch_invariant: bool) -> tuple[int, int]:
+    """(BLOCK_S, BLOCK_D) of the combine kernel: the order of its sums, so that `batch_invariant`
+    may not depend on the batch.
+
+    Derived, not measured yet. Few rows have many splits each: 32 dims a program, all splits loaded
+    at once. Many rows have few: a program has the whole row.
+
+    Args:
+        n_rows: B * Q * H.
+        most_splits: splits that one sequence may have.
+    """
+    if batch_invariant:
+        return 64, 64
+    if n_rows <= 256:
+        return max(min(triton.next_power_of_2(most_splits), 256), 16), 32
+    return 32, 128
 
 
 def launch_flash_decode(
@@ -307,9 +430,18 @@ def launch_flash_decode(
     scale: float,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    n_splits: int | None = None,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
+    pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`n_splits` overrides the number of splits, for tests and sweeps."""
+    """`schedule` may be for any number of programs.
+
+    `pdl` (sm_90 up): programmatic dependent launch. The partial kernel is then launched while the
+    kernel before it still runs, the combine while the partial kernel does; each waits for all of
+    its predecessor's writes (`gdc_wait`) before it touches memory: even the lengths, the table and
+    the schedule may have been written in the same graph. Not measured yet, so nobody but the
+    benchmark asks for it.
+    """
     rows = q if q.dim() == 4 else q.unsqueeze(1)  # [B, Q, H, D]
     batch, n_queries, n_heads, head_dim = rows.shape
     n_pages, n_kv_heads, page_size = k_cache.shape[:3]
@@ -321,31 +453,36 @@ def launch_flash_decode(
         return out, lse
     rows = rows if rows.stride(3) == 1 else rows.contiguous()
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    seq_lens = seq_lens.contiguous()
+    if schedule is None:
+        schedule = launch_decode_schedule(seq_lens, n_heads, n_kv_heads, n_queries, batch_invariant)
 
-    block_m, block_n, num_warps, num_stages, per_sm = launch_plan(
+    runs = batch * most_splits(n_kv_heads, batch_invariant)
+    programs = (len(schedule) - runs - batch) // 2
+    of_programs, more_runs, of_sequences = parts_of(schedule, batch, programs)
+    slots = schedule_slots(batch, programs, n_kv_heads, max_pages * page_size, batch_invariant)
+    split_shape = (n_kv_heads, slots, n_queries * group)
+    split_out = torch.empty((*split_shape, head_dim), dtype=torch.float32, device=q.device)
+    split_lse = torch.empty(split_shape, dtype=torch.float32, device=q.device)
+
+    block_m, block_n, num_warps, num_stages = launch_plan(
         n_queries * group, q.element_size(), k_cache.element_size()
     )
-    block_n = min(block_n, page_size)  # a tile lies within one page
     row_tiles = triton.cdiv(n_queries * group, block_m)
-    if n_splits is None:
-        programs = multiprocessor_count(q.device) * per_sm
-        tiles = max_pages * page_size // block_n
-        n_splits = max(1, min(programs // (batch * n_kv_heads * row_tiles), tiles))
-    split_out, split_lse = out, lse
-    if n_splits > 1:
-        split_shape = (batch, n_queries, n_heads, n_splits)
-        split_out = torch.empty((*split_shape, head_dim), dtype=torch.float32, device=q.device)
-        split_lse = torch.empty(split_shape, dtype=torch.float32, device=q.device)
-
-    _flash_decode_partial_kernel[(batch * n_kv_heads, n_splits, row_tiles)](
+    error = error_flag("flash_decode", q.device)
+    _flash_decode_partial_kernel[(programs, n_kv_heads, row_tiles)](
+        out,
+        lse,
         split_out,
         split_lse,
-        error_flag("flash_decode", q.device),
+        error,
+        of_programs,
+        more_runs,
         rows,
         k_cache,
         v_cache,
         block_table,
-        seq_lens.contiguous(),
+        seq_lens,
         k_scale,
         v_scale,
         *rows.stride()[:3],
@@ -354,34 +491,48 @@ def launch_flash_decode(
         *((0, 0) if k_scale is None else k_scale.stride()[:2]),
         *((0, 0) if v_scale is None else v_scale.stride()[:2]),
         block_table.stride(0),
+        batch,
         n_queries,
-        n_kv_heads,
+        runs,
+        slots,
         n_pages,
         max_pages,
         scale,
+        1.0,
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
+        UNIT=UNIT,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_N=min(block_n, page_size),  # a tile lies within one page
         P_RANGE=P_RANGE,
         num_warps=num_warps,
         num_stages=num_stages,
-        maxnreg=255,  # else ptxas may spill to fit more programs than the plan launches
+        maxnreg=255,  # else ptxas may spill to fit more programs than the schedule has
+        **dependent(pdl),
     )
-    if n_splits > 1:
-        block_s = triton.next_power_of_2(n_splits)
-        block_d = max(min(8192 // block_s, head_dim), 16)  # fp32 values of a tile: 64 a thread
-        _flash_decode_combine_kernel[(batch * n_queries * n_heads, head_dim // block_d)](
-            out,
-            lse,
-            split_out,
-            split_lse,
-            n_splits,
-            HEAD_DIM=head_dim,
-            BLOCK_S=block_s,
-            BLOCK_D=block_d,
-        )
+    n_rows = batch * n_queries * n_heads
+    block_s, block_d = combine_plan(n_rows, programs + 1, batch_invariant)
+    block_d = min(block_d, head_dim)
+    _flash_decode_combine_kernel[(n_rows, head_dim // block_d)](
+        out,
+        lse,
+        error,
+        split_out,
+        split_lse,
+        of_sequences,
+        seq_lens,
+        n_queries,
+        n_heads,
+        slots,
+        max_pages * page_size,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        UNIT=UNIT,
+        BLOCK_S=block_s,
+        BLOCK_D=block_d,
+        **dependent(pdl),
+    )
     return out, lse
 
 
@@ -394,10 +545,13 @@ def flash_decode_cpu(
     scale: float,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
     variant: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """The C++ kernel, which checks lengths and page ids itself. `variant`: its inner loops, of
-    build_info()["flash_decode_variants"]; the best by default."""
+    """The C++ kernel, which checks lengths and page ids itself. It shares out the keys itself too,
+    each sequence by its own length, so that `schedule` and `batch_invariant` change nothing.
+    `variant`: its inner loops, of build_info()["flash_decode_variants"]; the best by default."""
     rows = q if q.dim() == 4 else q.unsqueeze(1)  # [B, Q, H, D]
     rows = rows if rows.stride(3) == 1 else rows.contiguous()
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
@@ -433,6 +587,8 @@ def check_flash_decode(
     scale: float,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
     op: str = "flash_decode",
 ) -> None:
     if q.dim() not in (3, 4):
@@ -477,6 +633,16 @@ def check_flash_decode(
         if index.dtype != torch.int32:
             raise bad_type(op, name, torch.int32, index.dtype)
 
+    if schedule is not None:
+        n_queries = q.shape[1] if q.dim() == 4 else 1
+        programs = programs_per_kv_head(n_queries * n_heads // n_kv_heads, n_kv_heads, q.device)
+        shape = [schedule_rows(batch, programs, n_kv_heads, batch_invariant), 4]
+        if list(schedule.shape) != shape or not schedule.is_contiguous():
+            expected = f"what decode_schedule gives for these sizes, {shape}"
+            raise bad_value(op, "schedule", expected, list(schedule.shape))
+        if schedule.dtype != torch.int32:
+            raise bad_type(op, "schedule", torch.int32, schedule.dtype)
+
     if not 0.0 < scale < math.inf:
         raise bad_value(op, "scale", "positive and finite", scale)
     if k_cache.dtype == torch.float8_e4m3fn and q.is_cuda and torch.cuda.is_available():
@@ -506,6 +672,7 @@ def check_flash_decode(
         ("seq_lens", seq_lens),
         ("k_scale", k_scale),
         ("v_scale", v_scale),
+        ("schedule", schedule),
     ):
         if tensor is not None and tensor.device != q.device:
             raise bad_value(op, name, f"on {q.device}", tensor.device)
@@ -539,7 +706,8 @@ def fake_flash_decode(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 _flash_decode = register_op(
     "flash_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "float scale, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)",
+    "float scale, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? schedule=None, "
+    "bool batch_invariant=False) -> (Tensor, Tensor)",
     check=check_flash_decode,
     check_values=check_flash_decode_values,
     reference=flash_decode_reference,
@@ -560,6 +728,8 @@ def flash_decode(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     return_lse: Literal[False] = False,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor: ...
 @overload
 def flash_decode(
@@ -573,6 +743,8 @@ def flash_decode(
     v_scale: Tensor | None = None,
     *,
     return_lse: Literal[True],
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 def flash_decode(
     q: Tensor,
@@ -584,6 +756,8 @@ def flash_decode(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     return_lse: bool = False,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a batch's newest tokens over its paged KV cache (Flash-Decoding, Dao 2023).
 
@@ -599,6 +773,10 @@ def flash_decode(
         k_scale, v_scale: [n_pages, G, page_size] float32, given exactly with a quantised cache;
             tokens contiguous.
         return_lse: return also the natural log of each row's sum of exponentials.
+        schedule: what `decode_schedule` made of seq_lens, H, G, Q and `batch_invariant`, so that
+            the layers of a step share it; None makes it here. The CPU needs none.
+        batch_invariant: a sequence's result does not depend, in any bit, on the others in the
+            batch. Costs time where lengths are short or uneven. The CPU is always so.
 
     Returns:
         out, shape and dtype of q; or (out, lse), lse float32 [B, H] or [B, Q, H].
@@ -606,7 +784,11 @@ def flash_decode(
 
     Raises:
         ValueError, TypeError: the message names the argument. Page ids and lengths out of range
-        raise on CPU; on CUDA their keys are left out and `raise_device_errors` reports them.
+        raise on CPU; on CUDA their keys are left out and `raise_device_errors` reports them, as it
+        does a schedule made for other lengths.
     """
-    out, lse = _flash_decode(q, k_cache, v_cache, block_table, seq_lens, scale, k_scale, v_scale)
+    out, lse = _flash_decode(
+        *(q, k_cache, v_cache, block_table, seq_lens, scale),
+        *(k_scale, v_scale, schedule, batch_invariant),
+    )
     return (out, lse) if return_lse else out

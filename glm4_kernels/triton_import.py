@@ -9,6 +9,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+
+def _plain_function(kernel: Any = None, **options: Any) -> Any:
+    """`triton.jit`, with options or without."""
+    return kernel if kernel is not None else lambda kernel: kernel
+
+
 try:
     import triton
     import triton.language as tl
@@ -16,7 +22,7 @@ try:
     HAS_TRITON = True
 except ImportError:
     HAS_TRITON = False
-    triton: Any = SimpleNamespace(jit=lambda kernel: kernel, __version__=None)  # type: ignore[no-redef]
+    triton: Any = SimpleNamespace(jit=_plain_function, __version__=None)  # type: ignore[no-redef]
     tl: Any = SimpleNamespace(constexpr=object)  # type: ignore[no-redef]
 
 __all__ = ["HAS_TRITON", "tl", "triton"]

@@ -47,6 +47,11 @@ from glm4_kernels.ahead_of_time import (  # noqa: E402
     compile_launch,
     figures,
 )
+from glm4_kernels.decode_schedule import (  # noqa: E402
+    launch_decode_schedule,
+    programs_per_kv_head,
+    schedule_rows,
+)
 from glm4_kernels.flash_decode import launch_flash_decode  # noqa: E402
 from glm4_kernels.merge_attention import launch_merge_attention  # noqa: E402
 from glm4_kernels.rms_norm import launch_rms_norm, launch_rms_norm_quantized  # noqa: E402
@@ -61,14 +66,15 @@ TOKENS = {"1 token": 1, "64 tokens": 64, "1M tokens": CONTEXT}
 # One shape per group of query heads: 16, 8, 24, 6.
 ATTENTION_MODELS = ("glm-4-9b", "glm-4-9b-chat-1m", "glm-4-32b-0414", "glm-z1-rumination-32b-0414")
 EVERYWHERE = ("glm-4-9b", "glm-4-32b-0414")  # the two that the test compiles for every GPU
-# (label, batch, queries a sequence, context): one sequence at the longest context, a captured
-# batch, speculative verification, and a batch so large that one split fills the chip.
+# (label, batch, queries a sequence, context): one sequence at the longest context, captured
+# batches, and speculative verification.
 DECODES = (
     ("1 x 1M", 1, 1, CONTEXT),
+    ("8 x 32K", 8, 1, 32768),
     ("64 x 8K", 64, 1, 8192),
     ("1 x 4 queries x 128K", 1, 4, 1 << 17),
-    ("256 x 1K", 256, 1, 1024),
 )
+META = torch.device("meta")
 BF16, FP16, INT8, FP8 = torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
 
 
@@ -218,17 +224,34 @@ def flash_decode_cases(model: str, dtype: torch.dtype, cache_dtype: torch.dtype)
         pages, scale = cache(shape, batch * max_pages, cache_dtype)
         block_table = meta(batch, max_pages, dtype=torch.int32)
         lengths = meta(batch, dtype=torch.int32)
+        for schedule in ("shared", "batch-invariant"):
+            invariant = schedule == "batch-invariant"
+            group = shape.heads, shape.kv_heads, n_queries, invariant
+            if dtype == cache_dtype == BF16:
+                yield Case(
+                    "decode_schedule",
+                    f"{model}, {sizes}, {schedule}",
+                    partial(launch_decode_schedule, lengths, *group),
+                    everywhere=model in EVERYWHERE and context == CONTEXT,
+                )
+        # A layer's two kernels, as the model launches them; and with programmatic dependent launch.
+        programs = programs_per_kv_head(n_queries * shape.group, shape.kv_heads, META)
+        made = meta(schedule_rows(batch, programs, shape.kv_heads, False), 4, dtype=torch.int32)
         softmax_scale = shape.head_dim**-0.5
-        yield Case(
-            "flash_decode",
-            f"{model}, {sizes}, {name(dtype)}, {name(cache_dtype)} cache",
-            partial(
-                launch_flash_decode,
-                *(q, pages, pages, block_table, lengths, softmax_scale, scale, scale),
-            ),
-            everywhere=model in EVERYWHERE and context == CONTEXT and dtype == BF16,
-            min_capability=89 if cache_dtype == FP8 else 80,
-        )
+        first = (model, batch, cache_dtype) == ("glm-4-9b", 1, BF16)
+        for pdl in (False, True) if first else (False,):
+            yield Case(
+                "flash_decode",
+                f"{model}, {sizes}, {name(dtype)}, {name(cache_dtype)} cache{', PDL' * pdl}",
+                partial(
+                    launch_flash_decode,
+                    *(q, pages, pages, block_table, lengths, softmax_scale, scale, scale, made),
+                    pdl=pdl,
+                ),
+                everywhere=model in EVERYWHERE and context == CONTEXT and dtype == BF16,
+                min_capability=90 if pdl else 89 if cache_dtype == FP8 else 80,
+                before_wait=0 if pdl else None,
+            )
 
 
 def merge_attention_cases(model: str) -> Iterator[Case]:
@@ -308,7 +331,10 @@ DISTINCT: list[Any] = []  # launches; forked workers inherit them, since kernels
 def compile_distinct(index: int) -> dict[str, Any]:
     try:
         compiled = compile_launch(DISTINCT[index])
-        return {"figures": dataclasses.asdict(figures(compiled)), "ttir": compiled.asm["ttir"]}
+        return {
+            "figures": dataclasses.asdict(figures(compiled)),
+            "ttir": compiled.asm["ttir"],
+        }
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 

@@ -326,6 +326,7 @@ def test_step_at_full_size_is_safe_to_capture(preset, sampling, monkeypatch):
         it.run(8)
     names = [func.name() for func, *_ in mode.calls]
     assert names.count("glm4_kernels::flash_decode") == 2
+    assert names.count("glm4_kernels::decode_schedule") == 1, "the layers share one"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,10 @@ from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
 from torch import Tensor
 
 import glm4_kernels as gk
+from glm4_kernels.decode_schedule import (
+    launch_decode_schedule,
+    parts_of,
+)
 from glm4_kernels.extension import buffer, build_info, extension
 from glm4_kernels.flash_decode import (
     flash_decode_cpu,
@@ -128,6 +132,23 @@ def assert_right(actual, p: Problem, truth=None) -> None:
     assert_within_rule(lse.cpu()[seen], reference_lse.cpu()[seen], true_lse[seen])
 
 
+def schedule_for(p: Problem, programs: int, batch_invariant: bool = False) -> Tensor:
+    n_queries = p.q.shape[1] if p.q.dim() == 4 else 1
+    sizes = (p.q.shape[-2], p.k_cache.shape[1], n_queries, batch_invariant, programs)
+    return launch_decode_schedule(p.seq_lens, *sizes)
+
+
+def attend(p: Problem, programs: int = 5, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
+    """The Triton kernels with few programs a KV head: the interpreter runs them one by one."""
+    schedule = schedule_for(p, programs, batch_invariant)
+    return launch_flash_decode(*p.args, schedule, batch_invariant)
+
+
+def n_splits(p: Problem, programs: int, batch_invariant: bool = False) -> list[int]:
+    schedule = schedule_for(p, programs, batch_invariant)
+    return parts_of(schedule, len(p.seq_lens), programs)[2][:, 0].tolist()
+
+
 CACHE_DTYPES = (None, torch.int8, torch.float8_e4m3fn)
 HEADS = [
     (2, 2),  # no grouping: one row of 16
@@ -147,7 +168,7 @@ HEADS = [
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_matches_reference(heads, head_dim, dtype, device):
     p = problem([65, 0, 130], device, heads=heads, head_dim=head_dim, dtype=dtype)
-    assert_right(launch_flash_decode(*p.args, n_splits=1), p)
+    assert_right(attend(p, programs=1), p)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -168,7 +189,7 @@ def test_reference_matches_fp64(cache_dtype, queries, dtype):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_edges(dtype, device):
     p = problem([0, 1, 63, 64, 65, 200], device, heads=(6, 2), dtype=dtype)
-    out, lse = launch_flash_decode(*p.args)
+    out, lse = attend(p)
     assert_right((out, lse), p)
     assert (out[0] == 0).all() and (lse[0] == -math.inf).all()
 
@@ -178,7 +199,7 @@ def test_nothing_to_do(device):
     none = replace(p, q=p.q[:0], block_table=p.block_table[:0], seq_lens=p.seq_lens[:0])
     assert [x.shape for x in launch_flash_decode(*none.args)] == [(0, 32, 64), (0, 32)]
     no_pages = replace(p, block_table=p.block_table[:, :0], seq_lens=p.seq_lens * 0)
-    assert_right(launch_flash_decode(*no_pages.args), no_pages)
+    assert_right(attend(no_pages), no_pages)
 
 
 QUERIES = [
@@ -198,20 +219,145 @@ QUERIES = [
 def test_causal_queries(queries, heads, dtype, device):
     # 2: fewer keys than queries. 66: some rows see into the second page, some do not.
     p = problem([2, 66, 0], device, heads=heads, queries=queries, dtype=dtype)
-    assert_right(launch_flash_decode(*p.args, n_splits=1), p)
+    assert_right(attend(p, programs=1), p)
 
 
-@pytest.mark.parametrize("n_splits", [1, 2, 3, 4, 5, 9])  # of 4, 2, 1 and no tiles
+@pytest.mark.parametrize("programs", [1, 2, 3, 5, 8, 11])
 @pytest.mark.parametrize("queries, head_dim", [(None, 128), (3, 64)])
-def test_splits(queries, head_dim, n_splits, device):
-    p = problem([200, 65, 1, 0], device, heads=(6, 2), queries=queries, head_dim=head_dim)
-    assert_right(launch_flash_decode(*p.args, n_splits=n_splits), p)
+def test_splits(queries, head_dim, programs, device):
+    p = problem([0, 450, 65, 0, 129, 1], device, heads=(6, 2), queries=queries, head_dim=head_dim)
+    assert (max(n_splits(p, programs)) > 1) == (programs > 2)
+    assert_right(attend(p, programs), p)
+
+
+def test_last_split_of_few_keys(device):
+    """Of 8 causal queries, most see nothing of the last split, which holds one key."""
+    p = problem([65, 66, 200], device, heads=(6, 2), queries=8)
+    p = replace(p, seq_lens=p.seq_lens[:1], q=p.q[:1], block_table=p.block_table[:1])
+    schedule = by_hand(p, [[(0, 0, 1)], [(0, 1, 2)]])
+    assert_right(launch_flash_decode(*p.args, schedule), p)
+
+
+def by_hand(p: Problem, runs: list[list[tuple[int, int, int]]]) -> Tensor:
+    """A schedule for one sequence: (sequence, first unit, end unit) of each program."""
+    programs = len(runs)
+    schedule = torch.zeros(2 * programs + 2, 4, dtype=torch.int32)
+    for i, ((sequence, first, end),) in enumerate(runs):
+        schedule[2 * i] = torch.tensor([sequence, first, end, i])
+    schedule[-1] = torch.tensor([programs, 0, 0, runs[-1][-1][2]])
+    return schedule.to(p.q.device)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize("queries", [None, 3])
+def test_batch_invariant(queries, cache_dtype, device):
+    """No bit of a sequence's result depends on the batch, its place in it or the programs."""
+    lengths = [1100, 65, 0, 300, 1, 640]
+    p = problem(lengths, device, heads=(6, 2), queries=queries, cache_dtype=cache_dtype)
+    assert n_splits(p, 3, batch_invariant=True) == [5, 1, 0, 2, 1, 3]
+    together = attend(p, 3, batch_invariant=True)
+    assert_right(together, p)
+    for rows in ([0], [5, 0], [3, 4, 2, 1], [4] * 20 + [0]):
+        index = torch.tensor(rows, device=device)
+        some = replace(
+            p, q=p.q[index], block_table=p.block_table[index], seq_lens=p.seq_lens[index]
+        )
+        for programs in (2, 7):
+            for whole, part in zip(together, attend(some, programs, True), strict=True):
+                assert_bitwise_equal(part, whole[index])
+
+
+def test_schedule_is_made_where_none_is_given(device):
+    p = problem([200, 65, 0], device, heads=(6, 2))
+    for batch_invariant in (False, True):
+        schedule = launch_decode_schedule(p.seq_lens, 6, 2, 1, batch_invariant)
+        given = launch_flash_decode(*p.args, schedule, batch_invariant)
+        made = launch_flash_decode(*p.args, batch_invariant=batch_invariant)
+        assert_right(made, p)
+        for a, b in zip(given, made, strict=True):
+            assert_bitwise_equal(a, b)
+
+
+def test_one_buffer_serves_every_length(device):
+    """As in a captured graph: the same grid and the same memory, other lengths."""
+    p = problem([450, 130, 65, 3], device, heads=(6, 2))
+    schedule = schedule_for(p, 6)
+    for lengths in ([450, 130, 65, 3], [0, 0, 0, 0], [1, 64, 0, 2], [450, 0, 0, 0]):
+        p.seq_lens.copy_(torch.tensor(lengths))
+        schedule.copy_(schedule_for(p, 6))
+        assert_right(launch_flash_decode(*p.args, schedule), p)
+
+
+def test_bad_schedules_are_reported(device):
+    """What a CUDA tensor cannot check at the door: nothing outside the tensors is read or written,
+    and sequences that the schedule was not made for give zeros."""
+    p = problem([450, 65, 0], device, heads=(6, 2))
+    right = schedule_for(p, 5)
+    stale = replace(p, seq_lens=with_entry(p.seq_lens, 0, 300))
+    out, lse = launch_flash_decode(*stale.args, right)
+    assert (out[0] == 0).all() and (lse[0] == -math.inf).all()
+    with pytest.raises(IndexError, match="flash_decode"):
+        raise_device_errors(device)
+    grown = replace(p, seq_lens=with_entry(p.seq_lens, 0, 449))  # as many units: still right
+    assert_right(launch_flash_decode(*grown.args, right), grown)
+    raise_device_errors(device)
+    for value in (-(2**31), -2, 2**31 - 1):
+        for column in range(4):
+            bad = right.clone()
+            bad[:, column] = value
+            launch_flash_decode(*p.args, bad)
+            with pytest.raises(IndexError, match="flash_decode"):
+                raise_device_errors(device)
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch", [1, 5])
+def test_dependent_launch_waits_for_what_it_reads(batch, device):
+    """A producer that is slow to write q, K, V, the table and the lengths, then the partial kernel,
+    then the combine, each launched before the one before it ends; whoever reads too early reads the
+    last replay's inputs, and a combine its partials."""
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        pytest.skip("programmatic dependent launch needs sm_90")
+    inputs = [
+        problem([length] * batch, device, dtype=torch.bfloat16, head_dim=128)
+        for length in (4000, 4095, 3969, 4050)  # 63 and 64 units: the schedule changes too
+    ]
+    expected = [launch_flash_decode(*p.args, pdl=False) for p in inputs]
+    static = replace(
+        inputs[0], **{n: x.clone() for n, x in vars(inputs[0]).items() if n in WRITTEN}
+    )
+    sources = [torch.empty_like(x) for x in written(static)]
+    launch_flash_decode(*static.args, pdl=True)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = []
+        for _ in range(4):  # layers: a combine is followed by the next producer
+            for target in written(static):
+                target.zero_()
+            for target, source in zip(written(static), sources, strict=True):
+                target.copy_(source)
+            results.append(launch_flash_decode(*static.args, pdl=True))
+    for i in range(400):
+        which = i % len(inputs)
+        for source, value in zip(sources, written(inputs[which]), strict=True):
+            source.copy_(value)
+        graph.replay()
+        for out, lse in results:
+            assert torch.equal(out, expected[which][0]) and torch.equal(lse, expected[which][1])
+
+
+WRITTEN = ("q", "k_cache", "v_cache", "block_table", "seq_lens")
+
+
+def written(p: Problem) -> list[Tensor]:
+    return [getattr(p, name) for name in WRITTEN]
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 128, 256])
 def test_page_sizes(page_size, device):
     p = problem([page_size + 1, 2 * page_size, 7], device, heads=(6, 2), page_size=page_size)
-    assert_right(launch_flash_decode(*p.args), p)
+    assert_right(attend(p), p)
 
 
 def strided(x: Tensor) -> Tensor:
@@ -237,7 +383,7 @@ def test_layouts(layout, cache_dtype, device):
         p = replace(p, k_cache=p.k_cache.transpose(1, 2).contiguous().transpose(1, 2))
     else:
         p = replace(p, block_table=strided(p.block_table), seq_lens=strided(p.seq_lens))
-    assert_right(launch_flash_decode(*p.args), p)
+    assert_right(attend(p), p)
     assert_right(torch.ops.glm4_kernels.flash_decode(*p.args), p)
 
 
@@ -247,7 +393,7 @@ def test_int8_cache(queries, dtype, device):
     p = problem(
         [65, 0, 130], device, heads=(6, 2), queries=queries, dtype=dtype, cache_dtype=torch.int8
     )
-    assert_right(launch_flash_decode(*p.args), p)
+    assert_right(attend(p), p)
 
 
 def in_double(p: Problem) -> tuple[Tensor, Tensor]:
@@ -300,7 +446,7 @@ def one_key_takes_all(device, dtype=torch.float16) -> Problem:
 
 def test_small_probabilities_survive_small_scales(device):
     p = one_key_takes_all(device)
-    assert_right(launch_flash_decode(*p.args), p)
+    assert_right(attend(p), p)
 
 
 @needs_gpu
@@ -315,12 +461,13 @@ def test_fp8_cache(queries, device):
         dtype=torch.bfloat16,
         cache_dtype=torch.float8_e4m3fn,
     )
-    assert_right(launch_flash_decode(*p.args), p)
+    assert_right(attend(p), p)
 
 
 def test_deterministic(device):
-    p = problem([200, 65], device, heads=(6, 2))
-    first, again = (launch_flash_decode(*p.args, n_splits=3) for _ in range(2))
+    p = problem([450, 65], device, heads=(6, 2))
+    assert max(n_splits(p, 3)) > 1
+    first, again = (attend(p, programs=3) for _ in range(2))
     assert_bitwise_equal(first[0], again[0])
     assert_bitwise_equal(first[1], again[1])
 
@@ -332,7 +479,7 @@ def test_halves_merge_to_the_whole(device):
     tail = replace(
         p, seq_lens=(p.seq_lens - 64 * cut).clamp(min=0), block_table=p.block_table[:, cut:]
     )
-    a, b = launch_flash_decode(*head.args), launch_flash_decode(*tail.args)
+    a, b = attend(head), attend(tail)
     out, lse = gk.merge_attention(*a, *b)
     truth, true_lse = oracle(p)
     # Each half is rounded to fp16 before the merge rounds again.
@@ -353,13 +500,13 @@ def test_bad_indices_are_left_out_and_reported(device):
     raise_device_errors(device)  # nothing yet, so nothing raises
     for bad_length in (-1, 2**31 - 1, p.block_table.shape[1] * 64 + 1):
         bad = replace(p, seq_lens=with_entry(p.seq_lens, 1, bad_length))
-        result = launch_flash_decode(*bad.args)
+        result = attend(bad)
         assert_right(result, replace(p, seq_lens=with_entry(p.seq_lens, 1, 0)))
         with pytest.raises(IndexError, match=r"flash_decode: .* page id or length"):
             raise_device_errors(device)
     for bad_page in (-1, p.k_cache.shape[0], GARBAGE_PAGE):
         bad = replace(p, block_table=with_entry(p.block_table, (1, 2), bad_page))
-        result = launch_flash_decode(*bad.args)
+        result = attend(bad)
         assert_right(result, replace(p, seq_lens=with_entry(p.seq_lens, 1, 128)))
         with pytest.raises(IndexError, match=r"flash_decode: .* page id or length"):
             raise_device_errors(device)
@@ -569,15 +716,16 @@ def test_cpu_rejects_short_buffers():
 
 @needs_gpu
 def test_one_graph_serves_every_length(device):
-    p = problem([200, 65, 3], device, dtype=torch.bfloat16)
-    launch_flash_decode(*p.args)  # compiled before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = launch_flash_decode(*p.args)
-    for lengths in ([200, 65, 3], [1, 64, 0], [130, 0, 2]):
-        p.seq_lens.copy_(torch.tensor(lengths))
-        graph.replay()
-        assert_right(result, p)
+    p = problem([5000, 65, 3], device, dtype=torch.bfloat16)
+    for batch_invariant in (False, True):
+        launch_flash_decode(*p.args, batch_invariant=batch_invariant)  # compiled before the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = launch_flash_decode(*p.args, batch_invariant=batch_invariant)
+        for lengths in ([5000, 65, 3], [1, 64, 0], [130, 0, 2], [0, 0, 0], [5000, 65, 3]):
+            p.seq_lens.copy_(torch.tensor(lengths))
+            graph.replay()
+            assert_right(result, p, in_double(p))
 
 
 @needs_gpu

@@ -101,14 +101,26 @@ def rope_kv_write(cache_dtype, bias):
     return make
 
 
-def flash_decode(n_queries, cache_dtype):
+def decode_schedule(batch_invariant):
+    def make(dtype, device):
+        lengths = torch.tensor([20, 0, 5000], dtype=torch.int32, device=device)
+        return lengths, 32, 2, 1, batch_invariant
+
+    return make
+
+
+def flash_decode(n_queries, cache_dtype, batch_invariant=None):
     def make(dtype, device):
         sizes = (3, 6) if n_queries is None else (3, n_queries, 6)
         q = rows(dtype, device, *sizes, 128)[..., 64:]
         (k, k_scale), (v, v_scale) = (cache(5, cache_dtype or dtype, device) for _ in range(2))
         table = torch.tensor([[4, 0], [1, 99], [2, 3]], dtype=torch.int32, device=device)
         lengths = torch.tensor([20, 5, 32], dtype=torch.int32, device=device)
-        return q, k, v, table, lengths, 0.125, k_scale, v_scale
+        arguments = q, k, v, table, lengths, 0.125, k_scale, v_scale
+        if batch_invariant is None:
+            return *arguments, None, False
+        schedule = gk.decode_schedule(lengths, 6, 2, n_queries or 1, batch_invariant)
+        return *arguments, schedule, batch_invariant
 
     return make
 
@@ -151,7 +163,11 @@ EXAMPLES = [
     Example("rope", "float32 table, int32 positions", rope(torch.float32, torch.int32)),
     Example("rope_kv_write", "bias", rope_kv_write(None, bias=True)),
     Example("rope_kv_write", "int8 cache", rope_kv_write(torch.int8, bias=False)),
+    Example("decode_schedule", "shared", decode_schedule(False)),
+    Example("decode_schedule", "batch-invariant", decode_schedule(True)),
     Example("flash_decode", "one query", flash_decode(None, None)),
+    Example("flash_decode", "with its schedule", flash_decode(2, None, False)),
+    Example("flash_decode", "batch-invariant", flash_decode(None, None, True)),
     Example("flash_decode", "three queries, int8 cache", flash_decode(3, torch.int8)),
     Example("merge_attention", "an empty side", merge_attention),
     Example("quantized_matmul", "int4", quantized_matmul(4, 32, True, True, False)),
@@ -168,7 +184,7 @@ EXAMPLES = [
 ]
 # The same op through its public function, where that takes other arguments than the op.
 PUBLIC: dict[str, Callable[..., Any]] = {
-    "flash_decode": lambda *arguments: gk.flash_decode(*arguments, return_lse=True),
+    "flash_decode": lambda *arguments: gk.flash_decode(*arguments[:8], True, *arguments[8:]),
     "quantized_matmul": lambda x, packed, scale, zero, bias, n, bits, group_size, int8, swiglu: (
         gk.quantized_matmul(
             x,

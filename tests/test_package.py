@@ -44,6 +44,7 @@ TRITON_OPS = (
     "swiglu",
     "rope",
     "rope_kv_write",
+    "decode_schedule",
     "flash_decode",
     "merge_attention",
 )
