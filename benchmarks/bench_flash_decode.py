@@ -32,6 +32,7 @@ from benchmarks.harness import Case
 from benchmarks.shapes import SHAPES
 from glm4_kernels.decode_schedule import decode_schedule
 from glm4_kernels.flash_decode import flash_decode, flash_decode_reference, launch_flash_decode
+from glm4_kernels.huge_pages import zeros_in_huge_pages
 
 DTYPE, PAGE_SIZE = torch.bfloat16, 64
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
@@ -80,10 +81,10 @@ def case(model: str, lengths: list[int], cache_dtype: torch.dtype, device: torch
 
     def inputs() -> tuple:
         q = torch.randn(batch, shape.heads, shape.head_dim, dtype=DTYPE, device=device)
-        sizes = (2, batch, shape.kv_heads, longest, shape.head_dim)
+        sizes = (batch, shape.kv_heads, longest, shape.head_dim)
         if device.type == "cuda":  # heads inside tokens, as the GPU peers like it
-            sizes = (2, batch, longest, shape.kv_heads, shape.head_dim)
-        k, v = torch.randn(sizes, dtype=DTYPE, device=device)
+            sizes = (batch, longest, shape.kv_heads, shape.head_dim)
+        k, v = (zeros_in_huge_pages(sizes, DTYPE, device).normal_() for _ in range(2))
         if device.type == "cuda":
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         table = torch.randperm(batch * pages, device=device)
@@ -106,7 +107,7 @@ def case(model: str, lengths: list[int], cache_dtype: torch.dtype, device: torch
 
     def paged(x: Tensor, table: Tensor) -> Tensor:
         in_order = x.unflatten(2, (pages, PAGE_SIZE)).transpose(1, 2).flatten(0, 1)
-        cache = torch.empty_like(in_order, memory_format=torch.contiguous_format)
+        cache = zeros_in_huge_pages(in_order.shape, in_order.dtype, in_order.device)
         cache.view(torch.int8)[table] = in_order.contiguous().view(torch.int8)
         return cache
 
