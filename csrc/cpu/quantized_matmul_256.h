@@ -16,7 +16,7 @@ struct Lanes256 {
     struct Float {
         __m256 half[2];
     };
-    static constexpr int M_TILE = 2, N_TILES = 1, ONE_ROW_TILES = 2;
+    static constexpr int M_TILE = 2, N_TILES = 1, FEW_ROWS = 1, FEW_ROWS_TILES = 2;
     static constexpr bool by_hand(int, int) { return false; }
     template <int BITS, int MT>
     static void add_chunks(...);  // not by hand

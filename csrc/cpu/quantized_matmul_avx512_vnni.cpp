@@ -10,8 +10,9 @@ struct Lanes {
     using Int = __m512i;
     using Float = __m512;
     // 6 rows x 2 tiles: 12 integer and 12 float sums of the 32 registers, and 4 + 12 loads feed 24
-    // vpdpbusd where int4 is unpacked on the way.
-    static constexpr int M_TILE = 6, N_TILES = 2, ONE_ROW_TILES = 1;
+    // vpdpbusd where int4 is unpacked on the way. Up to 5 rows wait for memory, and one tile is one
+    // stream of it.
+    static constexpr int M_TILE = 6, N_TILES = 2, FEW_ROWS = 5, FEW_ROWS_TILES = 1;
     static constexpr bool by_hand(int m_tile, int n_tiles) { return n_tiles == 2 && m_tile >= 4; }
     template <int BITS>
     static constexpr int32_t BIAS = 0;
@@ -81,29 +82,38 @@ struct Lanes {
         return _mm512_set1_epi32(bytes);
     }
 
-    // One row and one tile: its sum would be one chain of instructions that wait for each other, so
-    // odd quads get a chain of their own. In int4 those are the high nibbles, left where they are,
-    // 16 times too large.
-    template <int BITS>
-    static void dot32(Int (&acc)[1][1], const uint8_t* const (&w)[1], const int8_t* x) {
+    // Few rows and one tile: a row's sum would be one chain of instructions that wait for each
+    // other, so odd quads get a chain of their own. In int4 those are the high nibbles, left where
+    // they are, 16 times too large.
+    template <int BITS, int MT>
+    static void dot32(Int (&acc)[1][MT], const uint8_t* const (&w)[1], const int8_t* x) {
         const Int low = _mm512_set1_epi8(15);
-        Int even = acc[0][0], odd = _mm512_setzero_si512();
+        Int odd[MT];
+        for (int m = 0; m < MT; ++m) odd[m] = _mm512_setzero_si512();
 #pragma GCC unroll 8
         for (int block = 0; block < BITS; ++block) {
             const uint8_t* from = w[0] + block * BLOCK_BYTES;
             _mm_prefetch(reinterpret_cast<const char*>(from + PREFETCH_BYTES), _MM_HINT_T0);
-            Int u = _mm512_loadu_si512(from);
+            Int u = _mm512_loadu_si512(from), high{};
             if (BITS == 4) {
                 asm("" : "+v"(u));  // else GCC loads it twice
-                const Int high = _mm512_andnot_si512(low, u);
-                even = _mm512_dpbusd_epi32(even, _mm512_and_si512(low, u), quad(x + block * 8));
-                odd = _mm512_dpbusd_epi32(odd, high, quad(x + block * 8 + 4));
-            } else {
-                Int& sum = block % 2 ? odd : even;
-                sum = _mm512_dpbusd_epi32(sum, u, quad(x + block * 4));
+                high = _mm512_andnot_si512(low, u), u = _mm512_and_si512(low, u);
+            }
+#pragma GCC unroll 6
+            for (int m = 0; m < MT; ++m) {
+                if (BITS == 4) {
+                    const int8_t* quads = x + (2 * block * MT + m) * 4;
+                    acc[0][m] = _mm512_dpbusd_epi32(acc[0][m], u, quad(quads));
+                    odd[m] = _mm512_dpbusd_epi32(odd[m], high, quad(quads + MT * 4));
+                } else {
+                    Int& sum = block % 2 ? odd[m] : acc[0][m];
+                    sum = _mm512_dpbusd_epi32(sum, u, quad(x + (block * MT + m) * 4));
+                }
             }
         }
-        acc[0][0] = add(even, BITS == 4 ? _mm512_srai_epi32(odd, 4) : odd);
+        for (int m = 0; m < MT; ++m) {
+            acc[0][m] = add(acc[0][m], BITS == 4 ? _mm512_srai_epi32(odd[m], 4) : odd[m]);
+        }
     }
 
     template <int BITS, int MT, int NT>

@@ -16,6 +16,7 @@
 //   unpack32<BITS>(w, z, out)           u - z of 32 columns of a tile, [32][16]
 //   BIAS<BITS>                          what dot32 takes off every u
 //   M_TILE                              rows of x that dot32 likes to take at once, at most
+//   N_TILES, FEW_ROWS_TILES             tiles of W it likes to; for M up to FEW_ROWS
 //   by_hand(MT, NT)                     whether it has its own add_chunks and add_groups for those
 #pragma once
 
@@ -502,7 +503,9 @@ static void write_swiglu(const QuantizedMatmul& problem, const Part& part, float
     }
 }
 
-static int panel_tiles(int64_t m) { return m == 1 ? Lanes::ONE_ROW_TILES : Lanes::N_TILES; }
+static int panel_tiles(int64_t m) {
+    return m <= Lanes::FEW_ROWS ? Lanes::FEW_ROWS_TILES : Lanes::N_TILES;
+}
 
 static int64_t row_block(int64_t m, int64_t rows, int64_t block) {
     const Runs runs(m);

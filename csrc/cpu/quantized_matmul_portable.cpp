@@ -11,7 +11,7 @@ struct Lanes {
     struct Float {
         float lane[TILE_ROWS];
     };
-    static constexpr int M_TILE = 2, N_TILES = 1, ONE_ROW_TILES = 1;
+    static constexpr int M_TILE = 2, N_TILES = 1, FEW_ROWS = 1, FEW_ROWS_TILES = 1;
     static constexpr bool by_hand(int, int) { return false; }
     template <int BITS, int MT>
     static void add_chunks(...);  // not by hand
