@@ -1,7 +1,7 @@
 """The GPU run: build, test, time, in stages that each write one JSON file.
 
-    python -m benchmarks gpu --out DIR                  all stages that DIR does not hold yet
-    python -m benchmarks gpu --out DIR --stage kernels  only these
+    python -m benchmarks gpu --out DIR                         all stages that DIR does not hold yet
+    python -m benchmarks gpu --out DIR --stage kernels-decode  only this one
 
 Each stage runs in its own process under its own time limit, so that a crash or a hang costs one
 stage. Its file grows while it runs: what was measured before a failure is kept, beside the error.
@@ -100,17 +100,23 @@ def run_test_file(file: Path) -> list[tuple[str, str, str]]:
         return outcomes
 
 
-# Ops that take most of a step; the norms, SwiGLU and RoPE have a stage of their own.
-LARGE_OPS = ("flash_decode", "merge_attention", "prefill_attention", "quantized_matmul")
+# Ops by the stage that times them: decode attention alone fills one. None: all others.
+KERNELS: dict[str, tuple[str, ...] | None] = {
+    "kernels-decode": ("flash_decode",),
+    "kernels-large": ("merge_attention", "prefill_attention", "quantized_matmul"),
+    "kernels-small": None,
+}
 
 
-def kernels(large: bool) -> Iterator[dict[str, Any]]:
-    """Times every case of the `bench_*` of large, or of small ops."""
+def kernels(stage: str) -> Iterator[dict[str, Any]]:
+    """Times every case of the `bench_*` of a stage."""
     ceilings = measure_ceilings(CUDA)
     result: dict[str, Any] = {"ceilings": asdict(ceilings), "ops": []}
     yield result
-    modules = [module for op, module in discover().items() if (op in LARGE_OPS) == large]
-    cases = [case for module in modules for case in module.cases(CUDA)]
+    modules = discover()
+    named = [op for ops in KERNELS.values() for op in ops or ()]
+    mine = KERNELS[stage] or [op for op in modules if op not in named]
+    cases = [case for op in mine for case in modules[op].cases(CUDA)]
     for op in run_cases(cases, CUDA, ceilings):
         print(f"{op['op']}: {op['label']}", flush=True)
         result["ops"].append(op)
@@ -161,8 +167,7 @@ def profile(plan: Plan, device: torch.device = CUDA) -> Iterator[dict[str, Any]]
 STAGES = {
     "build": Stage(build, 7.5),
     "tests": Stage(tests, 7.8),
-    "kernels": Stage(partial(kernels, True), 7.8),
-    "kernels-small": Stage(partial(kernels, False), 7.8),
+    **{name: Stage(partial(kernels, name), 7.8) for name in KERNELS},
     "model-9b": Stage(
         partial(model, Plan("glm-4-9b-chat", first_tokens=(1024, 32768, 131072))), 7.8
     ),
