@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "cpu/ceilings.h"
 #include "cpu/features.h"
 #include "cpu/merge_attention.h"
@@ -58,28 +60,17 @@ static PyObject* quantized_matmul_tensors(PyObject*, PyObject* const* args, Py_s
     }
     const auto& [x, packed, scale, zero_point, bias] = tensors;
     const auto [n, bits, group, activation_group, swiglu, n_threads] = numbers;
-    const bool per_channel = args[TENSORS + GROUP] == Py_None;
-    constexpr int64_t LIMIT = int64_t(1) << 31;
-    constexpr int MAX_DIMS = 8, FLOATS = int(glm4::DType::float16);
-    if (x.dims < 1 || x.dims > MAX_DIMS || n < 1 || n >= LIMIT) Py_RETURN_NONE;
-    const int64_t k = x.shape[x.dims - 1], group_size = per_channel ? k : group;
-    if (k < 1 || k >= LIMIT || k % 32 || group_size < 32 || k % group_size) Py_RETURN_NONE;
-    int64_t m = 1;
-    for (int i = 0; i + 1 < x.dims; ++i) m *= x.shape[i];
-    const int64_t tiles = (n + glm4::TILE_ROWS - 1) / glm4::TILE_ROWS, groups = k / group_size;
-    const bool fits =
-        m > 0 && (bits == 4 || bits == 8) &&
-        (per_channel || group == 32 || group == 64 || group == 128) && x.dtype <= FLOATS &&
-        scale.dtype <= FLOATS && packed.dtype == int(glm4::DType::uint8) &&
-        packed.has_shape(tiles, glm4::TILE_ROWS * k * bits / 8) &&
-        scale.has_shape(tiles, groups, int64_t(glm4::TILE_ROWS)) &&
-        (args[3] == Py_None || zero_point.has_shape(tiles, groups, int64_t(glm4::TILE_ROWS))) &&
-        (args[4] == Py_None || (bias.dtype == x.dtype && bias.has_shape(n))) &&
-        (!swiglu || n % (2 * glm4::TILE_ROWS) == 0);
-    if (!fits) Py_RETURN_NONE;
+    std::optional<int64_t> group_size;
+    if (args[TENSORS + GROUP] != Py_None) group_size = group;
+    glm4::Arguments arguments{};
+    if (!glm4::arguments_of(x, packed, scale, args[3] == Py_None ? nullptr : &zero_point,
+                            args[4] == Py_None ? nullptr : &bias, n, bits, group_size, swiglu != 0,
+                            &arguments)) {
+        Py_RETURN_NONE;
+    }
 
     const int64_t columns = swiglu ? n / 2 : n;
-    PyObject* new_empty[1 + MAX_DIMS] = {args[0]};
+    PyObject* new_empty[1 + glm4::MAX_DIMS] = {args[0]};
     for (int i = 0; i < x.dims; ++i) {
         new_empty[1 + i] = PyLong_FromLongLong(i + 1 < x.dims ? x.shape[i] : columns);
     }
@@ -93,20 +84,7 @@ static PyObject* quantized_matmul_tensors(PyObject*, PyObject* const* args, Py_s
         Py_RETURN_NONE;
     }
     try {
-        const glm4::Arguments arguments{result.buffer,
-                                        x.buffer,
-                                        packed.buffer,
-                                        scale.buffer,
-                                        zero_point.buffer,
-                                        bias.buffer,
-                                        x.dtype,
-                                        scale.dtype,
-                                        zero_point.dtype,
-                                        m,
-                                        n,
-                                        k,
-                                        int(bits),
-                                        group_size};
+        arguments.y = result.buffer;
         const auto problem =
             glm4::checked_quantized_matmul(arguments, glm4::Layout::tiles, swiglu != 0);
         py::gil_scoped_release release;

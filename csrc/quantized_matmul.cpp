@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "tensor.h"
+
 namespace glm4 {
 
 static void require(bool condition, const std::string& message) {
@@ -24,8 +26,44 @@ static DType checked_dtype(int code, int largest) {
     return DType(code);
 }
 
+constexpr int64_t LIMIT = int64_t(1) << 31;  // of each size, so that no product overflows
+
+bool arguments_of(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                  const Tensor* zero_point, const Tensor* bias, int64_t n, int64_t bits,
+                  std::optional<int64_t> group_size, bool swiglu, Arguments* arguments) {
+    constexpr int FLOATS = int(DType::float16);
+    if (x.dims < 1 || x.dims > MAX_DIMS || n < 1 || n >= LIMIT) return false;
+    const int64_t k = x.shape[x.dims - 1], group = group_size.value_or(k);
+    if (k < 1 || k >= LIMIT || k % 32 || group < 32 || k % group) return false;
+    if (group_size && group != 32 && group != 64 && group != 128) return false;
+    int64_t m = 1;
+    for (int i = 0; i + 1 < x.dims; ++i) m *= x.shape[i];
+    const int64_t tiles = (n + TILE_ROWS - 1) / TILE_ROWS, groups = k / group;
+    if (m < 1 || (bits != 4 && bits != 8) || (swiglu && n % (2 * TILE_ROWS))) return false;
+    if (x.dtype > FLOATS || scale.dtype > FLOATS || packed.dtype != int(DType::uint8)) return false;
+    if (!packed.has_shape(tiles, TILE_ROWS * k * bits / 8)) return false;
+    if (!scale.has_shape(tiles, groups, int64_t(TILE_ROWS))) return false;
+    if (zero_point && !zero_point->has_shape(tiles, groups, int64_t(TILE_ROWS))) return false;
+    if (bias && (bias->dtype != x.dtype || !bias->has_shape(n))) return false;
+    const Buffer absent{0, 0};
+    *arguments = {absent,
+                  x.buffer,
+                  packed.buffer,
+                  scale.buffer,
+                  zero_point ? zero_point->buffer : absent,
+                  bias ? bias->buffer : absent,
+                  x.dtype,
+                  scale.dtype,
+                  zero_point ? zero_point->dtype : 0,
+                  m,
+                  n,
+                  k,
+                  int(bits),
+                  group};
+    return true;
+}
+
 QuantizedMatmul checked_quantized_matmul(const Arguments& a, Layout layout, bool swiglu) {
-    constexpr int64_t LIMIT = int64_t(1) << 31;  // of each size, so that no product overflows
     require(0 <= a.m && a.m < LIMIT && 0 < a.n && a.n < LIMIT && 0 < a.k && a.k < LIMIT &&
                 a.k % 32 == 0,
             "impossible sizes M " + std::to_string(a.m) + ", N " + std::to_string(a.n) + ", K " +

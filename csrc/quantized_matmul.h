@@ -1,6 +1,7 @@
 // y = x W^T + bias; the formula and its rounding points are in glm4_kernels/quantized_matmul.py.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,6 +33,17 @@ struct Arguments {
     int bits;
     int64_t group_size;
 };
+
+struct Tensor;
+
+// Most dimensions of an x that `arguments_of` takes.
+constexpr int MAX_DIMS = 8;
+
+// Of contiguous CPU tensors that fit each other, all but y; false for others. No group size: per
+// channel.
+bool arguments_of(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                  const Tensor* zero_point, const Tensor* bias, int64_t n, int64_t bits,
+                  std::optional<int64_t> group_size, bool swiglu, Arguments* arguments);
 
 // The problem, if every buffer has exactly the bytes its sizes call for; else throws.
 QuantizedMatmul checked_quantized_matmul(const Arguments& arguments, Layout layout, bool swiglu);

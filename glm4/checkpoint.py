@@ -60,8 +60,8 @@ def load(
         dtype: "auto" is the checkpoint's own; else "bfloat16", "float32" or "float16". Tools that
             quantise write float16 whatever the model: where it would overflow, "auto" is bfloat16.
         quantize: None, "int8" or "int4": of the linear layers, as they are read; the head is int8.
-            Or a policy of your own: see `glm4.quantization_policy`. Of a 9B, int4 takes two CPU
-            cores eight minutes each time: `glm4 quantize` does it once.
+            Or a policy of your own: see `glm4.quantization_policy`. int4 takes two CPU cores ten
+            seconds a layer of a 9B each time: `glm4 quantize` does it once.
             Layers that are quantised on disk load as they are.
         rope_theta: overrides the checkpoint's.
         rope_mode: "reference" rounds RoPE's table as transformers does, "exact" (needed past 256K

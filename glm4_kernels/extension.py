@@ -16,9 +16,10 @@ from torch import Tensor
 _C: ModuleType | None = None
 _missing = ""
 try:
-    _C = importlib.import_module("glm4_kernels._C")
-    _C.learn_tensors(Tensor)
-except ImportError as error:
+    _module = importlib.import_module("glm4_kernels._C")
+    _module.learn_tensors(Tensor)
+    _C = _module
+except (ImportError, AttributeError) as error:  # none, or one built from older sources
     _missing = str(error)
 HAS_EXTENSION = _C is not None
 

@@ -242,7 +242,7 @@ def quantized_matmul_cpu(
     int8_activations: bool,
     swiglu: bool,
 ) -> Tensor:
-    """The C++ kernel. What needs no copy goes there as it is and is checked there, in 2 us less;
+    """The C++ kernel. What needs no copy goes there as it is and is checked there, which is faster;
     the rest is checked in words here."""
     y: Tensor | None = extension().quantized_matmul_tensors(
         *(x, packed, scale, zero_point, bias, n, bits, group_size),

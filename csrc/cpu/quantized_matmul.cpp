@@ -27,7 +27,7 @@ constexpr int64_t ROW_BLOCK_BYTES = 512 << 10;
 constexpr int64_t MIN_BLOCK_ROWS = 16;
 // Rows of x that a thread rounds at a time, about: those that are multiplied together lie
 // interleaved, and two threads in one cache line would take it from each other at every write.
-constexpr int64_t FEW_ROWS = 4;
+constexpr int64_t ROUNDED_ROWS = 4;
 
 static std::vector<const MultiplyVariant*> runnable_variants() {
     std::vector<const MultiplyVariant*> variants;
@@ -104,14 +104,12 @@ void quantized_matmul_cpu(const QuantizedMatmul& problem, int64_t activation_gro
     } else {
         a.exact = reinterpret_cast<float*>(activations.at_least(m * w.k * 4));
     }
-    // Whole runs of rows: those that are multiplied together lie interleaved, and two threads in
-    // one cache line would take it from each other at every write.
     const auto prepare = rounds ? variant.quantize_rows : variant.convert_rows;
-    const int64_t n_row_blocks = (m + FEW_ROWS - 1) / FEW_ROWS;
+    const int64_t n_row_blocks = (m + ROUNDED_ROWS - 1) / ROUNDED_ROWS;
     for_each_block(int(std::min<int64_t>(n_threads, n_row_blocks)), n_row_blocks,
                    [&](int64_t block) {
-                       prepare(problem, a, variant.row_block(m, FEW_ROWS, block),
-                               variant.row_block(m, FEW_ROWS, block + 1));
+                       prepare(problem, a, variant.row_block(m, ROUNDED_ROWS, block),
+                               variant.row_block(m, ROUNDED_ROWS, block + 1));
                    });
 
     // With swiglu: tile i of gate and tile i of up go together.
