@@ -16,7 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported anywhere
     with suppress(ImportError):
-        import interpreter_fp8  # noqa: F401
+        import interpreter_floats  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

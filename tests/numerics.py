@@ -14,12 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The interpreter computes bf16 wrongly (its products are zero), so bf16 is tested on a GPU only.
-KERNEL_DTYPES = (
-    (torch.float32, torch.float16, torch.bfloat16)
-    if torch.cuda.is_available()
-    else (torch.float32, torch.float16)
-)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def assert_within_rule(actual: Tensor, reference: Tensor, oracle: Tensor) -> None:
