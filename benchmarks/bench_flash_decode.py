@@ -9,7 +9,8 @@ call. The peers read K and V in bf16, contiguous, already gathered and dequantis
                         of one head, its best form on the CPU, where `enable_gqa` reads every KV
                         head once for each query head
     flex_attention      compiled; its decoding kernel, which takes groups of a power of two
-    varlen_attn         lengths on the device, where this torch has `seqused_k`
+    varlen_attn         lengths on the device, where this torch takes them (`seqused_k`);
+                        else one length for the whole batch
     flash_attn          FlashAttention 3, else 2: lengths on the device, where it is installed
     flashinfer          over our own pages, planned on the host before it is timed, where installed
 
@@ -19,6 +20,7 @@ A peer that is not there or refuses a case says so in its note.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -216,7 +218,11 @@ def gpu_peers(lengths: list[int], scale: float) -> dict[str, Callable[..., Any]]
 
         seq_lens, (k, v) = rest[3], rest[-2:]
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
-        options = {"scale": scale, "enable_gqa": True, "seqused_k": seq_lens}
+        options: dict[str, Any] = {"scale": scale}
+        if "seqused_k" in inspect.signature(varlen_attn).parameters:
+            options |= {"enable_gqa": True, "seqused_k": seq_lens}
+        elif min(lengths) < longest:
+            raise NotImplementedError("this torch takes no lengths beside the starts (seqused_k)")
         return varlen_attn(q, k, v, *starts(q.device), 1, longest, **options)
 
     def flash_attn(q, *rest) -> Tensor:

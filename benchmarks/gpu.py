@@ -30,7 +30,7 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.harness import discover, one_line, run_cases
+from benchmarks.harness import Case, discover, is_lost, one_line, run_case
 from benchmarks.model_bench import Plan, decoder_at, made, measure_model, rewind
 from benchmarks.provenance import REPOSITORY, write_json
 from benchmarks.step_profile import budget_rows, kernel_rows, profile_step, step_op_bytes
@@ -100,6 +100,9 @@ def run_test_file(file: Path) -> list[tuple[str, str, str]]:
         return outcomes
 
 
+# A case on a GPU takes a few seconds, compiling included. What takes this long hangs.
+CASE_SECONDS = 90.0
+
 # Ops by the stage that times them: decode attention alone fills one. None: all others.
 KERNELS: dict[str, tuple[str, ...] | None] = {
     "kernels-decode": ("flash_decode",),
@@ -108,26 +111,101 @@ KERNELS: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def kernels(stage: str) -> Iterator[dict[str, Any]]:
-    """Times every case of the `bench_*` of a stage."""
-    ceilings = measure_ceilings(CUDA)
-    result: dict[str, Any] = {"ceilings": asdict(ceilings), "ops": []}
-    yield result
-    modules = discover()
+def ops_of(stage: str) -> tuple[str, ...]:
     named = [op for ops in KERNELS.values() for op in ops or ()]
-    mine = KERNELS[stage] or [op for op in modules if op not in named]
-    cases = [case for op in mine for case in modules[op].cases(CUDA)]
-    for op in run_cases(cases, CUDA, ceilings):
-        print(f"{op['op']}: {op['label']}", flush=True)
-        result["ops"].append(op)
+    return KERNELS[stage] or tuple(op for op in discover() if op not in named)
+
+
+def cases_of(stage: str, device: torch.device = CUDA) -> list[Case]:
+    modules = discover()
+    return [case for op in ops_of(stage) for case in modules[op].cases(device)]
+
+
+def kernels(
+    cases: Callable[[], list[Case]], device: torch.device = CUDA
+) -> Iterator[dict[str, Any]]:
+    """Times the cases; fails, at the end, if one of ours was wrong or failed."""
+    result: dict[str, Any] = {"ops": [], "failed": []}
+    for kind, found in timed_apart(cases, device):
+        if kind == "ceilings":
+            result.setdefault(kind, found)
+        else:
+            result[kind].append(found)
         yield result
     wrong = [
         f"{op['op']} ({op['label']})"
         for op in result["ops"]
         if op["contenders"][0]["status"] != "ok"
     ]
-    if wrong:
-        raise RuntimeError(f"wrong or failed: {', '.join(wrong)}")
+    if wrong or result["failed"]:
+        raise RuntimeError(f"wrong or failed: {'; '.join(result['failed'] + wrong)}")
+
+
+def timed_apart(cases: Callable[[], list[Case]], device: torch.device) -> Iterator[tuple[str, Any]]:
+    """What `time_cases` finds in a process of its own: a case that kills it, or takes longer than
+    `CASE_SECONDS`, costs no more than itself. The next ones go on in another process."""
+    begun: int | None = 0
+    while begun is not None:
+        first, case, why = begun, None, ""
+        here, there = multiprocessing.Pipe(duplex=False)
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(target=time_cases, args=(there, cases, device, first))
+        process.start()
+        there.close()
+        try:
+            while here.poll(CASE_SECONDS if case else None):
+                kind, found = here.recv()
+                if kind == "end":
+                    begun = None
+                    break
+                if kind == "begins":
+                    case, begun = found, begun + 1
+                else:
+                    case = None
+                    yield kind, found
+            else:
+                why = f"took more than {CASE_SECONDS:g} s"
+        except EOFError:
+            why = "its process died"
+        finally:
+            process.kill()
+            process.join()
+        if case:
+            yield "failed", f"{case}: {why}"
+        elif begun == first:
+            raise ChildProcessError(f"the process of the first case: {why}")
+
+
+def time_cases(
+    pipe: Any, cases: Callable[[], list[Case]], device: torch.device, first: int
+) -> None:
+    """Sends the ceilings, then of each case from the `first` on that it begins and what came of it,
+    then the end. A device that a kernel has broken ends the process."""
+    ceilings = measure_ceilings(device)
+    pipe.send(("ceilings", asdict(ceilings)))
+    for case in cases()[first:]:
+        what = f"{case.op} ({case.label})"
+        pipe.send(("begins", what))
+        try:
+            done = run_case(case, device, ceilings)
+        except Exception as error:
+            traceback.print_exc()
+            pipe.send(("failed", f"{what}: {one_line(error)}"))
+            if is_lost():
+                return
+        else:
+            pipe.send(("ops", done))
+            print(f"{what}: {times(done)}", flush=True)
+    pipe.send(("end", None))
+
+
+def times(op: dict[str, Any]) -> str:
+    """Of everybody, in a graph if there is one, for who watches the run."""
+    return ", ".join(
+        f"{c['name']} {c.get('graph', c['eager'])['us']:.4g} us" if "eager" in c else
+        f"{c['name']} {c['status']}"
+        for c in op["contenders"]
+    )  # fmt: skip
 
 
 def model(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -167,16 +245,16 @@ def profile(plan: Plan, device: torch.device = CUDA) -> Iterator[dict[str, Any]]
 STAGES = {
     "build": Stage(build, 7.5),
     "tests": Stage(tests, 7.8),
-    **{name: Stage(partial(kernels, name), 7.8) for name in KERNELS},
+    **{name: Stage(partial(kernels, partial(cases_of, name)), 7.8) for name in KERNELS},
     "model-9b": Stage(
-        partial(model, Plan("glm-4-9b-chat", first_tokens=(1024, 32768, 131072))), 7.8
+        partial(model, Plan("glm-4-9b-chat", first_tokens=(1024, 32768, 130048))), 7.8
     ),
     "model-9b-0414": Stage(
-        partial(model, Plan("glm-4-9b-0414", contexts=(1024, 32768), first_tokens=(1024, 32768))),
+        partial(model, Plan("glm-4-9b-0414", contexts=(1024, 32768), first_tokens=(1024, 31744))),
         7.8,
     ),
     "model-32b": Stage(
-        partial(model, Plan("glm-4-32b-0414", contexts=(1024, 32768), first_tokens=(1024, 32768))),
+        partial(model, Plan("glm-4-32b-0414", contexts=(1024, 32768), first_tokens=(1024, 31744))),
         7.8,
     ),
     "model-1m": Stage(

@@ -73,14 +73,16 @@ def dependent_launch(
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a case is timed: at least `rounds` rounds, then until `seconds` are over."""
+    """How long a case is timed: at least `rounds` rounds, then until `seconds` are over; where
+    calls are slow, three rounds, then until `most_seconds` are over."""
 
     seconds: float
     rounds: int
     turn_seconds: float  # a turn repeats the call until it lasts about this long
+    most_seconds: float = math.inf
 
 
-EFFORT = {"cpu": Effort(0.8, 5, 0.010), "cuda": Effort(0.3, 10, 0.002)}
+EFFORT = {"cpu": Effort(0.8, 5, 0.010), "cuda": Effort(0.3, 10, 0.002, 3.0)}
 QUICK = Effort(0.0, 1, 0.0)
 
 
@@ -128,7 +130,7 @@ def run_case(
     eager = {name: Turn(call, sets, device, effort) for name, call in right.items()}
     modes = {"eager": take_turns(eager, effort, probe)}
     if device.type == "cuda":
-        captured, refused = capture_all(right, sets, device, effort)
+        captured, refused = capture_all(right, eager, sets, device, effort)
         modes["graph"] = take_turns(captured, effort, probe)
         for verdict in verdicts:
             if verdict["name"] in refused:
@@ -168,6 +170,8 @@ def gate(case: Case) -> list[dict[str, Any]]:
             outputs.append(first_output(call(*copy.deepcopy(inputs))))
             actual = outputs[-1].to(truth)
         except Exception as error:
+            if is_lost():
+                raise RuntimeError(f"{name}: {one_line(error)}") from error
             verdicts.append({"name": name, "status": "failed", "note": one_line(error)})
             continue
         if actual.shape != truth.shape:
@@ -181,6 +185,16 @@ def gate(case: Case) -> list[dict[str, Any]]:
             note = f"relative L2 {l2:.1e}, allowed {case.tolerance:.1e}"
             verdicts.append({"name": name, "status": "wrong", "note": note})
     return verdicts
+
+
+def is_lost() -> bool:
+    """Whether a kernel has failed on the GPU, after which this process can do nothing there."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def one_line(error: BaseException) -> str:
@@ -229,9 +243,15 @@ def take_turns(
 ) -> dict[str, list[Sample]]:
     samples: dict[str, list[Sample]] = {name: [] for name in turns}
     order = list(turns)
-    deadline = time.monotonic() + effort.seconds
+    began = time.monotonic()
     rounds = 0
-    while turns and (rounds < effort.rounds or time.monotonic() < deadline):
+    while turns:
+        took = time.monotonic() - began
+        if (
+            rounds >= (effort.rounds if took < effort.most_seconds else 3)
+            and took >= effort.seconds
+        ):
+            break
         for name in order:
             beside = probe.sample() if probe else None
             samples[name].append((turns[name].seconds_per_call(), beside))
@@ -242,17 +262,18 @@ def take_turns(
 
 def capture_all(
     contenders: dict[str, Callable[..., Any]],
+    eager: dict[str, Turn],
     sets: list[tuple],
     device: torch.device,
     effort: Effort,
 ) -> tuple[dict[str, Turn], dict[str, str]]:
-    """Turns that replay a CUDA graph of every set equally often, at least sixteen calls; and, for
-    contenders that cannot be captured, why not."""
-    calls = len(sets) * math.ceil(16 / len(sets))
+    """Turns that replay a CUDA graph of every set equally often: sixteen calls or more, or, of slow
+    ones, as many as fill a turn; and, for contenders that cannot be captured, why not."""
     captured, refused = {}, {}
     for name, call in contenders.items():
+        calls = len(sets) * math.ceil(min(16, eager[name].repeats) / len(sets))
 
-        def all_calls(call: Callable[..., Any] = call) -> None:
+        def all_calls(call: Callable[..., Any] = call, calls: int = calls) -> None:
             for i in range(calls):
                 call(*sets[i % len(sets)])
 

@@ -9,13 +9,16 @@ is its flops over the matmul rate.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +30,8 @@ from glm4.cache import PAGE_SIZE
 from glm4.decoder import Decoder
 from glm4.generation import free_bytes, stream
 from glm4.sampling import Sampling
+
+T = TypeVar("T")
 
 # Of the free memory, what weights and caches may take; the rest is for activations and logits.
 MEMORY_SHARE = 0.85
@@ -67,7 +72,11 @@ DRAWN = Sampling(0.8, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=0)
 def measure_model(
     plan: Plan, device: torch.device, ceilings: Ceilings, say: Callable[[str], None] = print
 ) -> Iterator[dict[str, Any]]:
-    """Yields the model's result again and again as it grows; the last one is whole."""
+    """Yields the model's result again and again as it grows; the last one is whole.
+
+    Raises:
+        ValueError: at the end, if parts of it failed; the others were measured.
+    """
     model = made(plan, device)
     config = model.config
     result: dict[str, Any] = {
@@ -81,63 +90,72 @@ def measure_model(
         "first_token": [],
         "generate": [],
         "skipped": [],
+        "failed": [],
     }
+
+    def tried(what: str, measure: Callable[[], T], errors: str = "failed") -> T | None:
+        """What `measure` returns; None if it fails, and why is in the result."""
+        say(f"{plan.model}: {what}")
+        try:
+            return measure()
+        except torch.OutOfMemoryError:
+            result["skipped"].append(f"{what}: out of memory")
+            torch.cuda.empty_cache()
+        except Exception as error:
+            traceback.print_exc()
+            result[errors].append(f"{what}: {one_line(error)}")
+        return None
+
+    theirs = None
+    if importlib.util.find_spec("transformers"):
+        theirs = tried("transformers on the same weights", lambda: transformers_twin(model))
+    else:
+        result["skipped"].append("transformers: not installed")
+    if theirs is not None:
+        what = "logits beside transformers'"
+        distance = tried(what, lambda: logits_distance(model, theirs))
+        result["relative_l2_of_logits"] = distance
+        if distance is not None and not distance <= LOGITS_TOLERANCE:
+            wrong = f"{what}: relative L2 {distance:.1e}, allowed {LOGITS_TOLERANCE:.1e}"
+            result["failed"].append(wrong)
+        yield result
+
     for context in plan.contexts:
         for batch in plan.batches:
             what = f"decode of {batch} x {context} tokens"
-            say(f"{plan.model}: {what}")
             cache_bytes = batch * math.ceil(context / PAGE_SIZE) * PAGE_SIZE * token_bytes(model)
             if context > config.max_positions:
                 result["skipped"].append(f"{what}: the model ends at {config.max_positions}")
             elif cache_bytes > MEMORY_SHARE * free_bytes(device):
                 result["skipped"].append(f"{what}: its cache takes {cache_bytes / 2**30:.0f} GiB")
             else:
-                try:
-                    row = measure_decode(model, batch, context, ceilings, plan.steps)
-                    result["decode"].append(row)
-                    if context == plan.contexts[0]:
-                        row = measure_decode(model, batch, context, ceilings, plan.steps, DRAWN)
-                        result["decode"].append(row)
-                except torch.OutOfMemoryError:
-                    torch.cuda.empty_cache()
-                    result["skipped"].append(f"{what}: out of memory")
+                for sampling in (None, DRAWN) if context == plan.contexts[0] else (None,):
+                    drawn = ", drawn" if sampling else ""
+                    call = partial(measure_decode, model, batch, context, ceilings, plan.steps)
+                    row = tried(what + drawn, partial(call, sampling))
+                    result["decode"] += [row] if row else []
             yield result
 
     ours = our_engine(model)
     for length in plan.first_tokens:
-        say(f"{plan.model}: first token after {length} tokens")
-        result["first_token"].append(measure_first_token(ours, model, length, ceilings))
+        what = f"first token after {length} tokens"
+        row = tried(what, partial(measure_first_token, ours, model, length, ceilings))
+        result["first_token"] += [row] if row else []
         yield result
 
-    engines = {"glm4": ours}
-    try:
-        theirs = transformers_twin(model)
-    except ImportError:
-        result["skipped"].append("transformers: not installed")
-    else:
-        engines["transformers"] = their_engine(theirs)
-        distance = logits_distance(model, theirs)
-        if not distance <= LOGITS_TOLERANCE:
-            raise ValueError(
-                f"{plan.model}: logits differ from transformers' by relative L2 {distance:.1e}, "
-                f"allowed {LOGITS_TOLERANCE:.1e}"
-            )
-        result["relative_l2_of_logits"] = distance
+    engines = {"glm4": ours} | ({"transformers": their_engine(theirs)} if theirs else {})
     prompts = torch.randint(config.vocab, (max(plan.generate_batches, default=0), plan.prompt))
     for name, engine in engines.items():  # theirs last: it compiles for minutes
         model.decoder = None  # frees pages and graphs
         for batch in plan.generate_batches:
-            say(f"{plan.model}: {name} generates {batch} x {plan.new_tokens} tokens")
-            try:
-                some = prompts[:batch].tolist()
-                row = measure_generate(engine, some, plan.new_tokens, device)
-            except Exception as error:
-                if name == "glm4":
-                    raise
-                result["skipped"].append(f"{name}, batch {batch}: {one_line(error)}")
-            else:
-                result["generate"].append({"engine": name, "batch": batch, **row})
+            what = f"{name} generates {batch} x {plan.new_tokens} tokens"
+            some = prompts[:batch].tolist()
+            call = partial(measure_generate, engine, some, plan.new_tokens, device)
+            row = tried(what, call, "failed" if name == "glm4" else "skipped")
+            result["generate"] += [{"engine": name, "batch": batch, **row}] if row else []
             yield result
+    if result["failed"]:
+        raise ValueError(f"{plan.model}: {'; '.join(result['failed'])}")
 
 
 def made(plan: Plan, device: torch.device) -> glm4.Model:

@@ -21,10 +21,12 @@ from recorded_graphs import RecordedGraphs
 
 import glm4
 from benchmarks import (
+    bench_flash_decode,
     cpu_model,
     gpu,
     harness,
     libraries,
+    model_bench,
     quality,
     quantized,
     report,
@@ -169,6 +171,19 @@ def test_contenders_take_turns():
     assert samples == {name: [(1.0, None)] * 3 for name in "abc"}
 
 
+def test_slow_contenders_take_fewer_turns(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(harness.time, "monotonic", lambda: float(next(clock)))
+    turns = {"slow": SimpleNamespace(seconds_per_call=lambda: 1.0)}
+
+    def rounds(*effort):
+        return len(take_turns(turns, harness.Effort(*effort), None)["slow"])
+
+    assert rounds(0.0, 10, 0.0) == 10
+    assert rounds(0.0, 10, 0.0, 5.0) == 4
+    assert rounds(0.0, 10, 0.0, 1.0) == 3
+
+
 def test_ceilings_are_measured():
     ceilings = measure_ceilings(CPU, quick=True)
     assert all(value > 0 for value in asdict(ceilings).values() if value is not None)
@@ -291,6 +306,37 @@ def test_libraries_get_their_arguments_in_their_order(monkeypatch):
             torch.testing.assert_close(harness.first_output(peer(*deepcopy(arguments))), expected)
 
 
+@pytest.mark.parametrize("takes_lengths", [True, False])
+def test_varlen_attn_of_every_torch(monkeypatch, takes_lengths):
+    """Its form with lengths, which later torches have, and without."""
+    from torch.nn.attention import varlen
+
+    seen: dict = {}
+
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None):
+        seen.update(locals())
+        return query
+
+    def newer(query, key, value, *rest, scale=None, enable_gqa=False, seqused_k=None):
+        assert enable_gqa and seqused_k.tolist() in ([128, 128], [64, 128])
+        return older(query, key, value, *rest, scale=scale)
+
+    monkeypatch.setattr(varlen, "varlen_attn", newer if takes_lengths else older)
+    q, cache = torch.randn(2, 4, 64), torch.randn(2, 2, 128, 64)
+    for lengths in ([128, 128], [64, 128]):
+        call = bench_flash_decode.gpu_peers(lengths, 0.125)["torch varlen_attn"]
+        arguments = (q, None, None, None, torch.tensor(lengths), None, None, None, cache, cache)
+        if takes_lengths or min(lengths) == 128:
+            assert call(*arguments) is q
+            assert seen["key"].shape == (256, 2, 64) and seen["scale"] == 0.125
+            assert seen["cu_seq_q"].tolist() == [0, 1, 2]
+            assert seen["cu_seq_k"].tolist() == [0, 128, 256]
+            assert (seen["max_q"], seen["max_k"]) == (1, 128)
+        else:
+            with pytest.raises(NotImplementedError, match="seqused_k"):
+                call(*arguments)
+
+
 def test_only_rejects_unknown_ops(capsys):
     assert main(["--only", "rms_norm,nope"]) == 2
     assert "got nope" in one_line(capsys.readouterr().err)
@@ -311,15 +357,43 @@ def test_gpu_run_needs_a_gpu(monkeypatch, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_kernels_stages_time_every_op_once(monkeypatch):
-    timed: list[str] = []
-    modules = {op: SimpleNamespace(cases=lambda _, op=op: [op]) for op in discover()}
-    monkeypatch.setattr(gpu, "measure_ceilings", lambda device: CEILINGS)
-    monkeypatch.setattr(gpu, "discover", lambda: modules)
-    monkeypatch.setattr(gpu, "run_cases", lambda cases, *_: timed.extend(cases) or ())
-    for name in gpu.KERNELS:
-        list(gpu.STAGES[name].run())
-    assert sorted(timed) == sorted(modules)
+def test_the_kernels_stages_time_every_op_once():
+    timed = [op for stage in gpu.KERNELS for op in gpu.ops_of(stage)]
+    assert sorted(timed) == sorted(discover())
+
+
+def faulty_cases():
+    def hang(x):
+        time.sleep(600)
+
+    right = doubling()
+    return [
+        replace(doubling(ours=lambda x: os._exit(7)), label="dies"),
+        replace(right, label="is right"),
+        replace(doubling(ours=hang), label="hangs"),
+        replace(right, label="has no truth", oracle=None),
+        replace(doubling(ours=lambda x: 3 * x), label="is wrong"),
+    ]
+
+
+def test_a_case_that_dies_or_hangs_costs_itself_alone(monkeypatch):
+    monkeypatch.setattr(gpu, "CASE_SECONDS", 5.0)
+    results = []
+    with pytest.raises(RuntimeError) as raised:
+        results.extend(gpu.kernels(faulty_cases, CPU))
+    result = results[-1]
+    assert [(op["label"], op["contenders"][0]["status"]) for op in result["ops"]] == [
+        ("is right", "ok"),
+        ("is wrong", "wrong"),
+    ]
+    assert result["failed"] == [
+        "double (dies): its process died",
+        "double (hangs): took more than 5 s",
+        "double (has no truth): TypeError: 'NoneType' object is not callable",
+    ]
+    for failed in (*result["failed"], "double (is wrong)"):
+        assert failed in str(raised.value)
+    assert result["ceilings"]["copy"] > 0
 
 
 def ends_well(folder):
@@ -621,6 +695,37 @@ def test_model_result(model_result):
     assert [line.split(":")[1] for line in model_result["skipped"]] == [
         " the model ends at 256"
     ] * 2
+
+
+def test_a_part_of_a_model_that_fails_costs_itself_alone(monkeypatch):
+    monkeypatch.setitem(glm4.PRESETS, "tiny", replace(TINY, layers=1))
+    plan = Plan("tiny", None, (1,), (16,), 5, 4, (1,), 1, (9, TINY.max_positions))
+    monkeypatch.setattr(model_bench, "LOGITS_TOLERANCE", -1.0)
+    monkeypatch.setattr(model_bench, "their_engine", lambda theirs: lambda *_: 1 / 0)
+    results = []
+    with pytest.raises(ValueError, match="tiny: logits beside transformers'") as raised:
+        results.extend(measure_model(plan, CPU, CEILINGS, lambda what: None))
+    result = json.loads(json.dumps(results[-1]))
+    wrong, too_long = result["failed"]
+    assert wrong.startswith("logits beside transformers': relative L2")
+    assert "first token after 1024 tokens: ValueError: generate: prompts[0]" in too_long
+    assert str(raised.value) == f"tiny: {wrong}; {too_long}"
+    assert result["skipped"] == [
+        "transformers generates 1 x 4 tokens: ZeroDivisionError: division by zero"
+    ]
+    assert len(result["decode"]) == 2
+    assert [row["prompt"] for row in result["first_token"]] == [9]
+    assert [row["engine"] for row in result["generate"]] == ["glm4"]
+
+
+def test_what_the_stages_measure_fits_the_models():
+    plans = [part for stage in gpu.STAGES.values() for part in getattr(stage.run, "args", ())]
+    plans = [plan for plan in plans if isinstance(plan, Plan)]
+    assert len(plans) == 6
+    for plan in plans:
+        room = glm4.PRESETS[plan.model].max_positions
+        assert max(plan.contexts) <= room
+        assert max(plan.first_tokens, default=0) + 1 <= room
 
 
 def test_profile_of_a_step(monkeypatch, committed):
