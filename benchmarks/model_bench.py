@@ -224,7 +224,8 @@ def measure_decode(
             "share": statistics.median(n_bytes / bandwidth / t for t, bandwidth in samples),
             "steps_ms": [round(t * 1e3, 4) for t, _ in samples],
         }
-    decoder.tokens_later(decoder.rows.tokens)()  # an index out of range would be an error
+    rewind(decoder, context)
+    decoder.step(batch)()  # an index out of range would be an error
     row |= {"bytes_moved": n_bytes, "peak_gib": peak_gib(device)}
     return row | {"warmup_s": warmup} if warmup else row
 
@@ -254,10 +255,12 @@ def decoder_at(
 
 def rewind(decoder: Decoder, context: int) -> None:
     """The next step again attends to `context` tokens, its own included."""
-    decoder.rows.positions.fill_(context - 1)
-    decoder.rows.seq_lens.fill_(context)
-    decoder.rows.active.fill_(True)
-    decoder.rows.n_drawn.zero_()
+    rows = decoder.rows
+    rows.positions.fill_(context - 1)
+    rows.seq_lens.fill_(context)
+    page, offset = divmod(context - 1, PAGE_SIZE)
+    rows.slots.copy_(rows.block_table[:, page] * PAGE_SIZE + offset)
+    rows.n_drawn.zero_()
 
 
 def measure_first_token(

@@ -17,7 +17,7 @@ from unittest import mock
 import torch.nn.functional as F
 
 import glm4_kernels as gk
-from glm4 import generation, model, sampling
+from glm4 import generation, model
 
 Times = dict[str, list[float]]
 
@@ -28,8 +28,8 @@ Watch = Callable[[Callable[[tuple], str], Callable[..., Any]], Callable[..., Any
 
 @contextmanager
 def watched_ops(glm: model.Model, watch: Watch) -> Iterator[None]:
-    """Inside the block every call of our ops, of torch's linear (known by its weight's name), of
-    prefill attention, of the head and of sampling goes through what `watch` made of it."""
+    """Inside the block every call of our ops, of torch's linear (known by its weight's name), and
+    of prefill attention goes through what `watch` made of it."""
     names = {id(glm.lm_head): "lm_head"}
     for block in glm.blocks:
         for part, kinds in ((block.attention, ("qkv", "o")), (block.mlp, ("gate_up", "down"))):
@@ -40,7 +40,7 @@ def watched_ops(glm: model.Model, watch: Watch) -> Iterator[None]:
 
     ops = [(gk, op) for op in gk.__all__ if callable(getattr(gk, op))]
     ops += [(F, "linear"), (F, "embedding"), (model, "prefill_attention")]
-    ops += [(sampling.Sampling, "choose"), (generation._Engine, "take")]
+    ops += [(generation._Engine, "take")]
     with ExitStack() as patches:
         for owner, op in ops:
             function = getattr(owner, op)

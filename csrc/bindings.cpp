@@ -7,10 +7,12 @@
 #include <optional>
 
 #include "cpu/ceilings.h"
+#include "cpu/decode_advance.h"
 #include "cpu/features.h"
 #include "cpu/merge_attention.h"
 #include "cpu/norm.h"
 #include "cpu/rope.h"
+#include "cpu/sample.h"
 #include "cpu/simd.h"
 #include "cpu/swiglu.h"
 #include "flash_decode.h"
@@ -110,10 +112,12 @@ PYBIND11_MODULE(_C, module) {
                       py::reinterpret_steal<py::object>(PyCFunction_New(&fast, nullptr)));
 
     const py::call_guard<py::gil_scoped_release> no_gil;
+    module.def("decode_advance_cpu", glm4::decode_advance_cpu, no_gil);
     module.def("merge_attention_cpu", glm4::merge_attention_cpu, no_gil);
     module.def("norm_cpu", glm4::norm_cpu, no_gil);
     module.def("rope_cpu", glm4::rope_cpu, no_gil);
     module.def("rope_kv_write_cpu", glm4::rope_kv_write_cpu, no_gil);
+    module.def("sample_cpu", glm4::sample_cpu, no_gil);
     module.def("swiglu_cpu", glm4::swiglu_cpu, no_gil);
 
     module.def("cpu_ceiling_variants", glm4::cpu_ceiling_variants);

@@ -1,6 +1,6 @@
 """One decode step of a batch, in buffers that stay where they are.
 
-    embed the current tokens -> layers -> logits -> choose -> they become current, a position on
+    embed the current tokens -> layers -> logits -> sample -> they become current, a position on
 
 Nothing in it waits for the host or depends on it, so on a GPU the step is captured once for each of
 a few batch sizes as a CUDA graph, and replayed; the host writes rows of the buffers when a sequence
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+import glm4_kernels as gk
 from glm4.cache import PAGE_SIZE, Cache, Step
 from glm4.sampling import Sampling
 from glm4_kernels.library import error_flags, raise_device_errors
@@ -46,8 +47,9 @@ class Rows:
     tokens: Tensor  # [B] int64, chosen last and not yet in the cache
     positions: Tensor  # [B] int64, of `tokens`
     seq_lens: Tensor  # [B] int32, with `tokens`: positions + 1, or 0 in a padded row
-    active: Tensor  # [B] bool, not padding
+    slots: Tensor  # [B] int64, of `positions` in the cache; -1 in a padded row
     n_drawn: Tensor  # [B] int64, of `uniforms`
+    uniform: Tensor  # [B] float64, the next of them
     block_table: Tensor  # [B, max_pages] int32
     uniforms: Tensor  # [B, max_new_tokens] float64, or [B, 0]
     seen: Tensor  # [B, vocab] bool, or [B, 0]
@@ -58,19 +60,23 @@ class Rows:
     def first(self, n_rows: int) -> Rows:
         return Rows(*(tensor[:n_rows] for tensor in self.tensors()))
 
-    def advance(self, sampling: Sampling, logits: Tensor) -> Tensor:
-        """The next token of each row, which becomes its current one: [B] int64, -1 on NaN."""
-        uniform = None
-        if self.uniforms.shape[1]:
-            uniform = self.uniforms.gather(1, self.n_drawn.unsqueeze(1)).squeeze(1)
-        chosen = sampling.choose(logits, uniform, self.seen)
-        # A step may run on a -1 before the host has seen it.
-        torch.clamp(chosen, min=0, out=self.tokens)
-        self.positions.add_(self.active)
-        self.seq_lens.add_(self.active)
-        if uniform is not None:
-            self.n_drawn.add_(self.active)
-        return chosen
+    def advance(self, sampling: Sampling, logits: Tensor, flags: Tensor, results: Tensor) -> None:
+        """The next token of each row becomes its current one; the results are the flags, then the
+        tokens, -1 on NaN."""
+        gk.decode_advance(
+            sampling.choose(logits, self.uniform, self.seen),
+            flags,
+            self.block_table,
+            self.uniforms,
+            PAGE_SIZE,
+            self.tokens,
+            self.positions,
+            self.seq_lens,
+            self.slots,
+            self.n_drawn,
+            self.uniform,
+            results,
+        )
 
 
 class Decoder:
@@ -103,8 +109,9 @@ class Decoder:
             tokens=torch.zeros(capacity, dtype=torch.int64, device=device),
             positions=torch.zeros(capacity, dtype=torch.int64, device=device),
             seq_lens=torch.zeros(capacity, dtype=torch.int32, device=device),
-            active=torch.zeros(capacity, dtype=torch.bool, device=device),
+            slots=torch.full((capacity,), -1, dtype=torch.int64, device=device),
             n_drawn=torch.zeros(capacity, dtype=torch.int64, device=device),
+            uniform=torch.zeros(capacity, dtype=torch.float64, device=device),
             block_table=torch.full((capacity, max_pages), -1, dtype=torch.int32, device=device),
             uniforms=torch.zeros(capacity, n_draws, dtype=torch.float64, device=device),
             seen=torch.zeros(capacity, n_seen, dtype=torch.bool, device=device),
@@ -138,8 +145,9 @@ class Decoder:
     def clear(self, first: int = 0) -> None:
         """Makes padding of the rows from `first` on."""
         rows = self.rows
-        for tensor in (rows.positions, rows.seq_lens, rows.active, rows.n_drawn):
+        for tensor in (rows.positions, rows.seq_lens, rows.n_drawn):
             tensor[first:].zero_()
+        rows.slots[first:].fill_(-1)
 
     def join(self, row: int, source: Rows) -> None:
         """Rows from `row` on become those of `source`."""
@@ -158,9 +166,12 @@ class Decoder:
         self.launch(bucket)
         return self._results_later(self.views[bucket][1], n_rows)
 
-    def tokens_later(self, chosen: Tensor) -> Callable[[], list[int]]:
-        """The same for tokens that were chosen elsewhere."""
-        return self._results_later(torch.cat((self.flags, chosen)), len(chosen))
+    def first_tokens(self, rows: Rows, logits: Tensor) -> Callable[[], list[int]]:
+        """The same for rows that have yet to join, after their prefill."""
+        n_rows = len(rows.tokens)
+        results = self.results.new_empty(len(self.flags) + n_rows)
+        rows.advance(self.sampling, logits, self.flags, results)
+        return self._results_later(results, n_rows)
 
     def _results_later(self, results: Tensor, n_rows: int) -> Callable[[], list[int]]:
         read, n_flags = read_later(results), len(self.flags)
@@ -204,17 +215,9 @@ class Decoder:
             n_results = len(self.flags) + bucket
             self.views[bucket] = self.rows.first(bucket), self.results[:n_results]
         rows, results = self.views[bucket]
-        pages = rows.block_table.gather(1, (rows.positions // PAGE_SIZE).unsqueeze(1)).squeeze(1)
-        slots = torch.add(rows.positions % PAGE_SIZE, pages, alpha=PAGE_SIZE)
-        step = Step(
-            tokens=rows.tokens,
-            positions=rows.positions,
-            slots=slots.where(rows.active, -1),
-            block_table=rows.block_table,
-            seq_lens=rows.seq_lens,
-        )
+        step = Step(rows.tokens, rows.positions, rows.slots, rows.block_table, rows.seq_lens)
         logits = self.model.head(self.model.forward(step, self.cache))
-        torch.cat((self.flags, rows.advance(self.sampling, logits)), out=results)
+        rows.advance(self.sampling, logits, self.flags, results)
 
 
 def bucket_of(n_rows: int, device: torch.device) -> int:

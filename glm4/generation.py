@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from glm4.cache import PAGE_SIZE, Step
 from glm4.decoder import GRAPHS, Decoder, Rows, to_device
@@ -285,8 +286,7 @@ class _Engine:
                     if logits is not None:
                         for sequence in group:
                             sequence.to_launch -= 1
-                        chosen = rows.advance(self.sampling, logits)
-                        self.in_flight.append((group, self.decoder.tokens_later(chosen)))
+                        self.in_flight.append((group, self.decoder.first_tokens(rows, logits)))
                         yield from self.collect()
                     if others_run and (logits is None or group is not groups[-1]):
                         yield from self.decode()
@@ -335,14 +335,16 @@ class _Engine:
         uniforms = [options.uniforms(s.index, max_draws) for s in group]
         seen = [options.seen(prompt, self.model.config.vocab) for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
+        numbers = torch.cat(uniforms)
         rows = Rows(
             tokens=torch.stack([prompt[-1] for prompt in prompts]),
             positions=lengths - 1,
             seq_lens=lengths.int(),
-            active=lengths > 0,
+            slots=torch.full_like(lengths, -1),  # of the prompt's last token: written by now
             n_drawn=torch.zeros_like(lengths),
+            uniform=pad(numbers, (0, 1))[:, 0].contiguous(),  # 0 if greedy
             block_table=torch.tensor(tables, dtype=torch.int32),
-            uniforms=torch.cat(uniforms),
+            uniforms=numbers,
             seen=torch.cat(seen),
         )
         return Rows(*(to_device(tensor, device) for tensor in rows.tensors()))

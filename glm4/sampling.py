@@ -1,10 +1,7 @@
-"""From logits to tokens, batched and on the device, in the order of transformers' `generate`:
+"""How tokens are chosen from logits, and the numbers that they are drawn with.
 
-    repetition penalty -> temperature -> top-k -> top-p -> draw
-
-Each draw inverts the cumulative distribution at one uniform number in fp64. The numbers of a prompt
-depend on its seed alone, so its text depends neither on its neighbours in the batch nor on the
-device's random generator.
+The numbers of a prompt depend on its seed alone, so its text depends neither on its neighbours in
+the batch nor on the device's random generator.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
+import glm4_kernels as gk
 from glm4_kernels.library import bad_type, bad_value
 
 
@@ -74,50 +72,21 @@ class Sampling:
         seen = torch.zeros(1, vocab_size, dtype=torch.bool, device=prompt.device)
         return seen.index_fill_(1, prompt, True)
 
-    def choose(self, logits: Tensor, uniform: Tensor | None, seen: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, uniform: Tensor, seen: Tensor) -> Tensor:
         """The next token of each row; -1 for a row whose logits hold NaN or infinity.
 
         Args:
             logits: [B, V] float32.
-            uniform: [B] float64 in [0, 1); None if greedy.
+            uniform: [B] float64 in [0, 1), of no matter if greedy.
             seen: [B, V] bool, or [B, 0]; the chosen tokens are added to it.
 
         Returns:
             [B] int64.
         """
-        scores = logits
-        if seen.shape[1]:
-            penalty = self.repetition_penalty
-            penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
-            scores = torch.where(seen, penalised, scores)
-        if uniform is None:
-            chosen = scores.argmax(-1)
-            largest = scores.gather(1, chosen.unsqueeze(1)).squeeze(1)  # NaN counts as such
-        else:
-            largest = scores.amax(-1)  # NaN here too
-            cumulative = self.probabilities(scores).cumsum(-1)
-            target = uniform[:, None] * cumulative[:, -1:]
-            chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]
-            chosen = chosen.clamp(max=logits.shape[1] - 1)  # NaN sorts last
-        if seen.shape[1]:
-            seen.scatter_(1, chosen[:, None], True)
-        finite = largest - largest == 0  # isfinite in two kernels, not four
-        return torch.where(finite, chosen, -1)
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """[B, V] float64 that the draw follows, from penalised scores [B, V]."""
-        if self.top_k is not None and self.top_k < scores.shape[1]:
-            smallest_kept = scores.topk(self.top_k).values[:, -1:]
-            scores = scores.masked_fill(scores < smallest_kept, -math.inf)
-        # Subtracted first, so that no temperature overflows.
-        largest = scores.amax(-1, keepdim=True)
-        if self.top_p < 1.0:
-            ascending, order = scores.sort(-1)  # in fp32: half the passes of a GPU's sort
-            sorted_scores = (ascending.double() - largest) / self.temperature
-            dropped = sorted_scores.softmax(-1).cumsum(-1) <= 1.0 - self.top_p
-            dropped[:, -1].fill_(False)
-            scores = scores.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
-        return ((scores.double() - largest) / self.temperature).softmax(-1)
+        penalty, marks = self.repetition_penalty, seen if seen.shape[1] else None
+        if self.temperature == 0.0:
+            return gk.sample(logits, seen=marks, repetition_penalty=penalty)
+        return gk.sample(logits, uniform, marks, self.temperature, self.top_k, self.top_p, penalty)
 
 
 def _is(value: object, kind: type) -> bool:

@@ -1,6 +1,7 @@
 """The hot paths of GLM-4 as PyTorch ops."""
 
 from glm4_kernels.add_rms_norm import add_rms_norm, add_rms_norm_quantized
+from glm4_kernels.decode_advance import decode_advance
 from glm4_kernels.decode_schedule import decode_schedule
 from glm4_kernels.flash_decode import flash_decode
 from glm4_kernels.merge_attention import merge_attention
@@ -11,6 +12,7 @@ from glm4_kernels.rms_norm import rms_norm, rms_norm_quantized
 from glm4_kernels.rope import rope
 from glm4_kernels.rope_kv_write import rope_kv_write
 from glm4_kernels.rope_table import rope_table
+from glm4_kernels.sample import sample
 from glm4_kernels.sandwich_norm import sandwich_norm, sandwich_norm_quantized
 from glm4_kernels.swiglu import swiglu
 
@@ -18,6 +20,7 @@ __all__ = [
     "QuantizedWeight",
     "add_rms_norm",
     "add_rms_norm_quantized",
+    "decode_advance",
     "decode_schedule",
     "flash_decode",
     "merge_attention",
@@ -28,6 +31,7 @@ __all__ = [
     "rope",
     "rope_kv_write",
     "rope_table",
+    "sample",
     "sandwich_norm",
     "sandwich_norm_quantized",
     "swiglu",

@@ -47,6 +47,7 @@ from glm4_kernels.ahead_of_time import (  # noqa: E402
     compile_launch,
     figures,
 )
+from glm4_kernels.decode_advance import launch_decode_advance  # noqa: E402
 from glm4_kernels.decode_schedule import (  # noqa: E402
     launch_decode_schedule,
     programs_per_kv_head,
@@ -57,6 +58,7 @@ from glm4_kernels.merge_attention import launch_merge_attention  # noqa: E402
 from glm4_kernels.rms_norm import launch_rms_norm, launch_rms_norm_quantized  # noqa: E402
 from glm4_kernels.rope import launch_rope  # noqa: E402
 from glm4_kernels.rope_kv_write import launch_rope_kv_write  # noqa: E402
+from glm4_kernels.sample import launch_sample  # noqa: E402
 from glm4_kernels.sandwich_norm import launch_sandwich_norm, launch_sandwich_norm_quantized  # noqa: E402
 from glm4_kernels.swiglu import launch_swiglu  # noqa: E402
 
@@ -119,6 +121,7 @@ def cases() -> Iterator[Case]:
         for cache_dtype in (BF16, INT8, FP8):
             yield from rope_kv_write_cases(model, BF16, cache_dtype)
             yield from flash_decode_cases(model, BF16, cache_dtype)
+    yield from sample_cases("glm-4-9b")
     yield from rope_kv_write_cases("glm-4-9b", FP16, FP16)
     yield from flash_decode_cases("glm-4-9b", FP16, FP16)
 
@@ -264,6 +267,44 @@ def merge_attention_cases(model: str) -> Iterator[Case]:
             f"{model}, {length}, bfloat16",
             partial(launch_merge_attention, out, lse, out, lse),
             everywhere=model in EVERYWHERE,
+        )
+
+
+def sample_cases(model: str) -> Iterator[Case]:
+    """The end of a step: a token of each row, and the rows after it."""
+    vocab = SHAPES[model].vocab
+    for n_rows in (1, 64):
+        logits = meta(n_rows, vocab, dtype=torch.float32)
+        uniform = meta(n_rows, dtype=torch.float64)
+        seen = meta(n_rows, vocab, dtype=torch.bool)
+        for label, arguments in {
+            "greedy": (),
+            "greedy, penalty": (None, seen, 1.0, None, 1.0, 1.1),
+            "drawn": (uniform, None, 0.8),
+            "top-k": (uniform, None, 0.8, 50),
+            "top-p": (uniform, None, 0.8, None, 0.8),
+            "penalty, top-k, top-p": (uniform, seen, 0.8, 50, 0.8, 1.1),
+        }.items():
+            yield Case(
+                "sample",
+                f"{model}, {n_rows} rows, {label}",
+                partial(launch_sample, logits, *arguments),
+                everywhere=True,
+            )
+        counts = [meta(n_rows, dtype=torch.int64) for _ in range(4)]
+        tokens, positions, slots, n_drawn = counts
+        lengths = meta(n_rows, dtype=torch.int32)
+        flags, results = meta(3, dtype=torch.int32), meta(3 + n_rows, dtype=torch.int64)
+        table = meta(n_rows, CONTEXT // PAGE_SIZE, dtype=torch.int32)
+        yield Case(
+            "decode_advance",
+            f"{model}, {n_rows} rows",
+            partial(
+                launch_decode_advance,
+                *(tokens, flags, table, meta(n_rows, 1024, dtype=torch.float64), PAGE_SIZE),
+                *(tokens, positions, lengths, slots, n_drawn, uniform, results),
+            ),
+            everywhere=True,
         )
 
 

@@ -28,6 +28,8 @@ TRITON_OPS = (
     "decode_schedule",
     "flash_decode",
     "merge_attention",
+    "sample",
+    "decode_advance",
 )
 
 

@@ -750,7 +750,7 @@ def test_profile_of_a_step(monkeypatch, committed):
         return events
 
     KERNELS = {f"glm4_kernels::{op}" for op in ("sandwich_norm", "rope_kv_write", "flash_decode")}
-    KERNELS |= {"aten::linear", "aten::embedding", "aten::argmax", "aten::gather"}
+    KERNELS |= {"aten::linear", "aten::embedding", "aten::_to_copy", "glm4_kernels::sample"}
     monkeypatch.setattr(step_profile, "trace", trace)
     *_, result = gpu.profile(Plan("tiny", batches=(1, 3), contexts=(70,)), CPU)
     result = json.loads(json.dumps(result))
@@ -758,12 +758,13 @@ def test_profile_of_a_step(monkeypatch, committed):
     ops = {row["op"]: row for row in three["budget"]}
     assert {op: row["kernels"] for op, row in ops.items()} == {
         "qkv": 2, "o": 2, "gate_up": 2, "down": 2, "lm_head": 1, "embedding": 1,
-        "sandwich_norm": 4, "rope_kv_write": 2, "flash_decode": 2, "choose": 2, "rest": 1,
+        "sandwich_norm": 4, "rope_kv_write": 2, "flash_decode": 2, "sample": 1, "rest": 1,
     }  # fmt: skip
     assert three["us"] == pytest.approx(sum(row["us"] for row in ops.values()))
     assert {row["kernel"] for row in three["kernels"]} == KERNELS
     gate_up = 2 * 2 * (128 * 2 * 192 + 3 * (128 + 2 * 192))
     assert ops["gate_up"]["floor_us"] == pytest.approx(gate_up / CEILINGS.read * 1e6)
+    assert ops["sample"]["floor_us"] == pytest.approx(3 * 320 * 4 / CEILINGS.read * 1e6)
     assert ops["rest"]["floor_us"] is None
 
     folder = committed / "results" / "cpu"

@@ -177,8 +177,10 @@ def running(model, sampling=None, rows=2, capacity=4, context=70) -> Decoder:
         it.rows.tokens[row] = 3 + row
         it.rows.positions[row] = context - 1 - 10 * row
         it.rows.seq_lens[row] = context - 10 * row
-        it.rows.active[row] = True
-        it.rows.block_table[row] = torch.tensor([3, 1, 2], dtype=torch.int32) + 4 * row
+        pages = torch.tensor([3, 1, 2], dtype=torch.int32) + 4 * row
+        it.rows.block_table[row] = pages
+        page, offset = divmod(context - 1 - 10 * row, PAGE_SIZE)
+        it.rows.slots[row] = int(pages[page]) * PAGE_SIZE + offset
         it.rows.uniforms[row] = torch.rand(it.rows.uniforms.shape[1], generator=generator)
     return it
 
@@ -256,12 +258,12 @@ def test_nothing_that_a_step_allocates_outlives_it(model):
             weakref.ref(tensor)
             for call in mode.calls
             for tensor in tree_leaves(call[3])
-            if tensor.untyped_storage().data_ptr() not in static
+            if tensor is not None and tensor.untyped_storage().data_ptr() not in static
         ]
         mode.calls.clear()
     gc.collect()
     alive = [ref() for ref in made if ref() is not None]
-    assert len(made) > 50 and alive == [], [(t.shape, t.dtype) for t in alive]
+    assert len(made) > 30 and alive == [], [(t.shape, t.dtype) for t in alive]
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -327,6 +329,13 @@ def test_step_at_full_size_is_safe_to_capture(preset, sampling, monkeypatch):
     names = [func.name() for func, *_ in mode.calls]
     assert names.count("glm4_kernels::flash_decode") == 2
     assert names.count("glm4_kernels::decode_schedule") == 1, "the layers share one"
+    # Nothing of the decoder itself is left to torch's small kernels.
+    work = [name for name in names if name != "aten::slice.Tensor"]
+    assert work[0] == "aten::embedding"
+    last_matrix = len(work) - work[::-1].index("aten::mm")
+    assert work[last_matrix:] == [
+        "aten::_to_copy", "glm4_kernels::sample", "glm4_kernels::decode_advance",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -132,6 +133,28 @@ def merge_attention(dtype, device):
     return outs[0], lses[0], outs[1], lses[1]
 
 
+def sample(drawn, seen, *options):
+    def make(dtype, device):
+        logits = rows(dtype, device, 3, 90)[:, 5:75]
+        uniform = torch.rand(3, dtype=torch.float64, device=device) if drawn else None
+        marks = torch.zeros(3, 70, dtype=torch.bool, device=device) if seen else None
+        return logits, uniform, marks, *options
+
+    return make
+
+
+def decode_advance(dtype, device):
+    integers = partial(torch.tensor, device=device)
+    tokens, positions, slots, n_drawn = integers([[7, 0, 9], [4, 9, 0], [5, 6, 8], [0, 1, 0]])
+    chosen, flags = integers([3, -1, 2]), integers([0, 1], dtype=torch.int32)
+    table = integers([[2, 3], [1, -1], [0, 0]], dtype=torch.int32)
+    uniforms = torch.rand(3, 4, dtype=torch.float64, device=device)
+    lengths = integers([5, 10, 0], dtype=torch.int32)
+    results = torch.zeros(5, dtype=torch.int64, device=device)
+    written = tokens, positions, lengths, slots, n_drawn, uniforms[:, 3].clone(), results
+    return chosen, flags, table, uniforms, 8, *written
+
+
 def quantized_matmul(bits, group_size, symmetric, bias, int8_activations, swiglu=False):
     def make(dtype, device):
         weight = gk.quantize(torch.randn(24, 128), bits, group_size, symmetric).to(device)
@@ -170,6 +193,10 @@ EXAMPLES = [
     Example("flash_decode", "batch-invariant", flash_decode(None, None, True)),
     Example("flash_decode", "three queries, int8 cache", flash_decode(3, torch.int8)),
     Example("merge_attention", "an empty side", merge_attention),
+    Example("sample", "greedy", sample(False, False)),
+    Example("sample", "drawn", sample(True, False)),
+    Example("sample", "all", sample(True, True, 0.7, 20, 0.9, 1.2)),
+    Example("decode_advance", "a running row, one at its end, padding", decode_advance),
     Example("quantized_matmul", "int4", quantized_matmul(4, 32, True, True, False)),
     Example(
         "quantized_matmul", "int8, zero points", quantized_matmul(8, None, False, False, False)

@@ -29,6 +29,7 @@ rope(q, k, positions, table)
 rope_kv_write(qkv, positions, table, k_cache, v_cache, slots, n_heads, bias=None, k_scale=None, v_scale=None)
 flash_decode(q, k_cache, v_cache, block_table, seq_lens, scale, k_scale=None, v_scale=None, return_lse=False)
 merge_attention(out_a, lse_a, out_b, lse_b)
+sample(logits, uniform=None, seen=None, temperature=1.0, top_k=None, top_p=1.0, repetition_penalty=1.0)
 quantize(weight, bits=4, group_size=128, symmetric=True)
 quantized_matmul(x, qweight, bias=None, activations=None)
 """  # noqa: E501
@@ -47,6 +48,8 @@ TRITON_OPS = (
     "decode_schedule",
     "flash_decode",
     "merge_attention",
+    "sample",
+    "decode_advance",
 )
 
 
