@@ -33,8 +33,9 @@ def liger(op: str) -> Call:
 
 def flashinfer(op: str) -> Call:
     """FlashInfer, with its own programmatic dependent launch; the fused norm works in place."""
-    norm, activation, rotary = (
-        importlib.import_module(f"flashinfer.{name}") for name in ("norm", "activation", "rope")
+    norm, activation, rotary, sampling = (
+        importlib.import_module(f"flashinfer.{name}")
+        for name in ("norm", "activation", "rope", "sampling")
     )
 
     def rms_norm(x, weight, eps):
@@ -57,13 +58,22 @@ def flashinfer(op: str) -> Call:
         )
         return [x.unflatten(1, (-1, q.shape[2])) for x in outputs]
 
+    def sample(logits, uniform, seen, temperature, top_k, top_p, penalty):
+        """By rejection, with random numbers of its own."""
+        if top_k is None:
+            return sampling.top_p_sampling_from_probs((logits / temperature).softmax(-1), top_p)
+        return sampling.top_k_top_p_sampling_from_logits(logits / temperature, top_k, top_p)
+
     return locals()[op]
 
 
 # What each of them has.
 LIBRARIES: dict[str, tuple[Callable[[str], Call], tuple[str, ...]]] = {
     "Liger": (liger, ("rms_norm", "add_rms_norm", "sandwich_norm", "swiglu")),
-    "FlashInfer": (flashinfer, ("rms_norm", "add_rms_norm", "sandwich_norm", "swiglu", "rope")),
+    "FlashInfer": (
+        flashinfer,
+        ("rms_norm", "add_rms_norm", "sandwich_norm", "swiglu", "rope", "sample"),
+    ),
 }
 missing: set[str] = set()
 

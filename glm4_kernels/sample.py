@@ -508,6 +508,7 @@ def launch_sample(
         TOP_P=top_p < 1.0,
         BLOCK_N=2048,
         num_warps=8,
+        maxnreg=128,  # else ptxas may spill to fit a program more
         **tiles,
     )
     return chosen

@@ -252,6 +252,7 @@ def test_libraries_get_their_arguments_in_their_order(monkeypatch):
     from glm4_kernels.add_rms_norm import add_rms_norm_reference
     from glm4_kernels.rms_norm import rms_norm_reference
     from glm4_kernels.rope import rope_reference
+    from glm4_kernels.sample import sample_reference
     from glm4_kernels.sandwich_norm import sandwich_norm_reference
     from glm4_kernels.swiglu import swiglu_reference
 
@@ -263,6 +264,11 @@ def test_libraries_get_their_arguments_in_their_order(monkeypatch):
         assert not is_neox and cos_sin_cache.dtype == torch.float32
         heads = (x.unflatten(1, (-1, head_size)) for x in (query, key))
         return [x.flatten(1) for x in rope_reference(*heads, positions, cos_sin_cache)]
+
+    def top_k_top_p(probs, top_k, top_p):
+        assert top_k in (None, 2) and top_p == 0.9
+        torch.testing.assert_close(probs, (certain / 0.7).softmax(-1))
+        return probs.argmax(-1).int()
 
     functional = SimpleNamespace(
         liger_rms_norm=lambda X, W, eps, offset=0.0, casting_mode="llama", in_place=True: (
@@ -285,6 +291,12 @@ def test_libraries_get_their_arguments_in_their_order(monkeypatch):
             silu_and_mul=lambda input, out=None, enable_pdl=None: swiglu_reference(input)
         ),
         "flashinfer.rope": SimpleNamespace(apply_rope_with_cos_sin_cache=apply_rope),
+        "flashinfer.sampling": SimpleNamespace(
+            top_k_top_p_sampling_from_logits=lambda logits, top_k, top_p: top_k_top_p(
+                logits.softmax(-1), top_k, top_p
+            ),
+            top_p_sampling_from_probs=lambda probs, top_p: top_k_top_p(probs, None, top_p),
+        ),
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name.partition(".")[0], SimpleNamespace())
@@ -292,18 +304,25 @@ def test_libraries_get_their_arguments_in_their_order(monkeypatch):
     x, residual = torch.randn(2, 3, 8)
     weights = torch.randn(2, 8)
     q, k, positions = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.arange(3)
+    certain = torch.tensor([[0.0, 30.0, 1.0], [40.0, 0.0, 3.0]])
+    drawn = certain, torch.rand(2, dtype=torch.float64), None, 0.7
     for op, reference, arguments in (
         ("rms_norm", rms_norm_reference, (x, weights[0], 1e-5)),
         ("add_rms_norm", add_rms_norm_reference, (x, residual, weights[0], 1e-5)),
         ("sandwich_norm", sandwich_norm_reference, (x, residual, *weights, 1e-5)),
         ("swiglu", swiglu_reference, (x,)),
         ("rope", rope_reference, (q, k, positions, torch.randn(5, 4))),
+        ("sample", sample_reference, (*drawn, 2, 0.9, 1.0)),
+        ("sample", sample_reference, (*drawn, None, 0.9, 1.0)),
     ):
         peers = libraries.library_peers(op, torch.device("cuda"))
-        assert list(peers) == (["FlashInfer"] if op == "rope" else ["Liger", "FlashInfer"])
+        assert list(peers) == (
+            ["FlashInfer"] if op in ("rope", "sample") else ["Liger", "FlashInfer"]
+        )
         expected = harness.first_output(reference(*arguments))
         for peer in peers.values():
-            torch.testing.assert_close(harness.first_output(peer(*deepcopy(arguments))), expected)
+            actual = harness.first_output(peer(*deepcopy(arguments)))
+            torch.testing.assert_close(actual, expected, check_dtype=False)
 
 
 @pytest.mark.parametrize("takes_lengths", [True, False])
