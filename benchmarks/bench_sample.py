@@ -22,6 +22,7 @@ from benchmarks.shapes import SHAPES
 from glm4_kernels.sample import sample, sample_reference
 
 VOCAB = SHAPES["glm-4-9b"].vocab
+DTYPE = torch.bfloat16  # so that equals are frequent
 # temperature, top_k, top_p, penalty
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "greedy": (),
@@ -52,12 +53,12 @@ def case(batch: int, label: str, options: tuple[Any, ...], device: torch.device)
             logits[:, 1234] += 40
         uniform = torch.rand(batch, dtype=torch.float64, device=device) if options else None
         seen = torch.rand(batch, VOCAB, device=device) < 0.01 if penalised else None
-        return logits, uniform, seen, *options
+        return logits.to(DTYPE), uniform, seen, *options
 
     return Case(
         op="sample",
         label=f"glm-4, {batch} rows, {label}",
-        bytes_moved=batch * VOCAB * (5 if penalised else 4),
+        bytes_moved=batch * VOCAB * (DTYPE.itemsize + penalised),
         flops=0,
         inputs=inputs,
         contenders={
@@ -79,8 +80,8 @@ def composition(
     top_p: float = 1.0,
     penalty: float = 1.0,
 ) -> Tensor:
-    """As inference engines write it; NaN is not looked for."""
-    scores = logits
+    """As inference engines write it, but for a stable sort; NaN is not looked for."""
+    scores = logits.float()
     if seen is not None:
         penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
         scores = torch.where(seen, penalised, scores)
@@ -89,7 +90,7 @@ def composition(
     if top_k is not None:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1.0:
-        ascending, order = scores.sort(-1)
+        ascending, order = scores.sort(dim=-1, stable=True)
         dropped = (ascending.double() / temperature).softmax(-1).cumsum(-1) <= 1.0 - top_p
         dropped[:, -1].fill_(False)
         scores = scores.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)

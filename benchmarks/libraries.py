@@ -60,6 +60,7 @@ def flashinfer(op: str) -> Call:
 
     def sample(logits, uniform, seen, temperature, top_k, top_p, penalty):
         """By rejection, with random numbers of its own."""
+        logits = logits.float()
         if top_k is None:
             return sampling.top_p_sampling_from_probs((logits / temperature).softmax(-1), top_p)
         return sampling.top_k_top_p_sampling_from_logits(logits / temperature, top_k, top_p)

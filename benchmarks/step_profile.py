@@ -27,7 +27,7 @@ from benchmarks.op_budget import watched_ops
 from glm4.decoder import Decoder
 
 MARK = "op: "
-REST = "rest"  # of the decoder itself: slots, lengths, advancing
+REST = "rest"  # what no op launched
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -155,5 +155,5 @@ def step_op_bytes(model: glm4.Model, batch: int, context: int) -> dict[str, int]
         "swiglu": layers * batch * 3 * config.ffn * item,
         "rope_kv_write": layers * batch * 2 * (q + kv) * item,
         "flash_decode": layers * batch * (context * kv + 2 * q) * item,
-        "sample": batch * config.vocab * 4,
+        "sample": batch * config.vocab * item,
     }

@@ -254,8 +254,8 @@ class Model:
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
-        """Next-token logits: [T, hidden] -> float32 [T, vocab]."""
-        return linear(hidden, self.lm_head, activations=self.activations).float()
+        """Next-token logits: [T, hidden] -> [T, vocab]."""
+        return linear(hidden, self.lm_head, activations=self.activations)
 
     @torch.inference_mode()
     def logits(self, token_ids: Tensor) -> Tensor:

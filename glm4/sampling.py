@@ -76,7 +76,7 @@ class Sampling:
         """The next token of each row; -1 for a row whose logits hold NaN or infinity.
 
         Args:
-            logits: [B, V] float32.
+            logits: [B, V], float32, bfloat16 or float16.
             uniform: [B] float64 in [0, 1), of no matter if greedy.
             seen: [B, V] bool, or [B, 0]; the chosen tokens are added to it.
 

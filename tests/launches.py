@@ -274,7 +274,7 @@ def sample_cases(model: str) -> Iterator[Case]:
     """The end of a step: a token of each row, and the rows after it."""
     vocab = SHAPES[model].vocab
     for n_rows in (1, 64):
-        logits = meta(n_rows, vocab, dtype=torch.float32)
+        logits = meta(n_rows, vocab)
         uniform = meta(n_rows, dtype=torch.float64)
         seen = meta(n_rows, vocab, dtype=torch.bool)
         for label, arguments in {

@@ -769,7 +769,8 @@ def test_profile_of_a_step(monkeypatch, committed):
         return events
 
     KERNELS = {f"glm4_kernels::{op}" for op in ("sandwich_norm", "rope_kv_write", "flash_decode")}
-    KERNELS |= {"aten::linear", "aten::embedding", "aten::_to_copy", "glm4_kernels::sample"}
+    KERNELS |= {"aten::linear", "aten::embedding"}
+    KERNELS |= {"glm4_kernels::sample", "glm4_kernels::decode_advance"}
     monkeypatch.setattr(step_profile, "trace", trace)
     *_, result = gpu.profile(Plan("tiny", batches=(1, 3), contexts=(70,)), CPU)
     result = json.loads(json.dumps(result))
@@ -777,14 +778,14 @@ def test_profile_of_a_step(monkeypatch, committed):
     ops = {row["op"]: row for row in three["budget"]}
     assert {op: row["kernels"] for op, row in ops.items()} == {
         "qkv": 2, "o": 2, "gate_up": 2, "down": 2, "lm_head": 1, "embedding": 1,
-        "sandwich_norm": 4, "rope_kv_write": 2, "flash_decode": 2, "sample": 1, "rest": 1,
+        "sandwich_norm": 4, "rope_kv_write": 2, "flash_decode": 2, "sample": 1, "decode_advance": 1,
     }  # fmt: skip
     assert three["us"] == pytest.approx(sum(row["us"] for row in ops.values()))
     assert {row["kernel"] for row in three["kernels"]} == KERNELS
     gate_up = 2 * 2 * (128 * 2 * 192 + 3 * (128 + 2 * 192))
     assert ops["gate_up"]["floor_us"] == pytest.approx(gate_up / CEILINGS.read * 1e6)
-    assert ops["sample"]["floor_us"] == pytest.approx(3 * 320 * 4 / CEILINGS.read * 1e6)
-    assert ops["rest"]["floor_us"] is None
+    assert ops["sample"]["floor_us"] == pytest.approx(3 * 320 * 2 / CEILINGS.read * 1e6)
+    assert ops["decode_advance"]["floor_us"] is None
 
     folder = committed / "results" / "cpu"
     (folder / "profile.json").write_text(json.dumps({"provenance": ORIGIN, **result}))
