@@ -88,20 +88,23 @@ struct Row {
     int64_t among_kept() const {
         const int64_t n_blocks = sample.n_blocks();
         const int32_t lowest = bound();
-        std::vector<int32_t> keys, columns;
+        const auto is_live = [=](int32_t most) { return most >= lowest; };
+        const int64_t n_live = std::count_if(maxima, maxima + n_blocks, is_live);
+        std::vector<int32_t> keys(n_live * SAMPLE_BLOCK), columns(keys.size());
+        int64_t n = 0;
         for (int64_t b = 0; b < n_blocks; ++b) {
-            if (maxima[b] < lowest) continue;
+            if (!is_live(maxima[b])) continue;
             int32_t found[SAMPLE_BLOCK];
             loops.keys(sample, row, b, found);
             const int64_t begin = b * SAMPLE_BLOCK;
             const int64_t count = std::min<int64_t>(SAMPLE_BLOCK, sample.n_cols - begin);
-            for (int i = 0; i < count; ++i) {
-                if (found[i] < lowest) continue;
-                keys.push_back(found[i]);
-                columns.push_back(int32_t(begin) + i);
+            for (int i = 0; i < count; ++i) {  // a branch would be foretold wrongly
+                keys[n] = found[i];
+                columns[n] = int32_t(begin) + i;
+                n += found[i] >= lowest;
             }
         }
-        const int64_t n = int64_t(keys.size());
+        keys.resize(n);
         const int32_t least = sample.top_k ? kth_largest(keys, sample.top_k) : lowest;
 
         const int64_t padded = (n + SAMPLE_BLOCK - 1) / SAMPLE_BLOCK * SAMPLE_BLOCK;
@@ -145,10 +148,14 @@ struct Row {
         auto begin = items.begin(), end = items.end();
         while (from < to) {
             const int64_t middle = from + (to - from) / 2;
-            const auto split =
-                std::partition(begin, end, [=](const Item& item) { return item.key > middle; });
+            auto split = begin;
             int64_t weight = above;
-            for (auto item = begin; item < split; ++item) weight += item->mass;
+            for (auto item = begin; item < end; ++item) {  // no branch here either
+                const bool upper = item->key > middle;
+                weight += upper ? item->mass : 0;
+                std::swap(*item, *split);
+                split += upper;
+            }
             if (weight < all - most_dropped) {
                 to = middle;
                 above = weight;
