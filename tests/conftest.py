@@ -21,6 +21,25 @@ if not torch.cuda.is_available():
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-only", action="store_true", help="leave out tests that run nothing on a GPU"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--gpu-only"):
+        items[:] = filter(uses_gpu, items)
+
+
+def uses_gpu(item: pytest.Item) -> bool:
+    """By the kernel that a test is parametrised with, else by the `device` fixture."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "kernel" in parameters:
+        return parameters["kernel"].device.type == "cuda"
+    return "device" in item.fixturenames
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where `launch_<op>` runs in this session."""

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import uses_gpu
 from recorded_graphs import RecordedGraphs
 
 import glm4
@@ -474,6 +475,25 @@ def test_stage_of_tests_counts_them(tmp_path):
     assert outcomes == {"test_good": "passed", "test_bad": "failed", "test_skipped": "skipped"}
 
 
+def test_a_test_file_that_hangs_has_failed(monkeypatch, tmp_path):
+    file = tmp_path / "test_slow.py"
+    file.write_text("import time\ndef test_slow(): time.sleep(600)\n")
+    monkeypatch.setattr(gpu, "FILE_SECONDS", 3.0)
+    assert gpu.run_test_file(file) == [("failed", "test_slow.py", "took more than 3 s")]
+
+
+def test_the_tests_of_a_gpu_are_told_from_the_others():
+    def on(device):
+        kernel = SimpleNamespace(device=torch.device(device))
+        return SimpleNamespace(
+            callspec=SimpleNamespace(params={"kernel": kernel}), fixturenames=["device"]
+        )
+
+    assert uses_gpu(on("cuda")) and not uses_gpu(on("cpu"))
+    assert uses_gpu(SimpleNamespace(fixturenames=["device", "seeded"]))
+    assert not uses_gpu(SimpleNamespace(fixturenames=["seeded"]))
+
+
 # Beside the peers
 
 
@@ -793,6 +813,23 @@ def test_profile_of_a_step(monkeypatch, committed):
     text = (committed / "README.md").read_text()
     assert "Where a decode step of tiny goes: batch 3, 70 tokens cached" in text
     assert "| gate_up | 1 | " in text and "| aten::linear | 9 | " in text
+
+
+def test_a_step_without_a_budget_costs_itself_alone(monkeypatch, committed):
+    monkeypatch.setitem(glm4.PRESETS, "tiny", replace(TINY, layers=1))
+    monkeypatch.setattr(gpu, "measure_ceilings", lambda device: CEILINGS)
+    one, other = ([step_profile.Kernel(name, 0.0, 1.0)] for name in "ab")
+    steps = iter([(one, other), (one, one)])
+    monkeypatch.setattr(gpu, "profile_step", lambda *_: next(steps))
+    results = []
+    with pytest.raises(ValueError, match="no budget of 1 x 70: kernel 0 is b in the replay"):
+        results.extend(gpu.profile(Plan("tiny", batches=(1, 3), contexts=(70,)), CPU))
+    assert ["budget" in found for found in results[-1]["profiles"]] == [False, True]
+
+    folder = committed / "results" / "cpu"
+    (folder / "profile.json").write_text(json.dumps({"provenance": ORIGIN, **results[-1]}))
+    assert report_on(committed) == 0
+    assert "| b | 1 | 1.0 | 100.0% |" in (committed / "README.md").read_text()
 
 
 def test_budget_of_other_kernels_is_an_error():

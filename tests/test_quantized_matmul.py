@@ -446,10 +446,10 @@ def test_rejects(error, message, change):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_int8_activations_are_for_the_cpu():
-    qweight = gk.quantize(torch.ones(4, 64), 4, 32).to("cuda")
+def test_int8_activations_are_for_the_cpu(device):
+    qweight = gk.quantize(torch.ones(4, 64), 4, 32).to(device)
     with pytest.raises(ValueError, match="activations must be 'float' on CUDA"):
-        gk.quantized_matmul(torch.ones(2, 64, device="cuda"), qweight, activations="int8")
+        gk.quantized_matmul(torch.ones(2, 64, device=device), qweight, activations="int8")
 
 
 @pytest.mark.parametrize(
