@@ -465,9 +465,8 @@ def origin(results: list[Result]) -> str:
     packages = [f"{name} {version}" for name, version in versions.items() if version]
     sources = sorted(
         {
-            f"{(r['provenance']['commit'] or 'source ' + r['provenance']['source_hash'])[:9]} on "
-            f"{r['provenance']['date'][:10]}"
-            for r in results
+            f"{(p['commit'] or '')[:9] or 'source ' + p['source_hash']} on {p['date'][:10]}"
+            for p in (r["provenance"] for r in results)
         }
     )
     lines = [f"Measured at {', '.join(sources)}, with {', '.join(packages)}."]

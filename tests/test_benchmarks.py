@@ -962,6 +962,17 @@ def test_report_writes_the_tables(committed):
     assert report_on(committed, "--check") == 0
 
 
+def test_a_stage_that_did_not_end_is_told(committed):
+    """From a tree that travelled without its history."""
+    origin = ORIGIN | {"commit": None, "source_hash": "0123456789abcdef"}
+    stage = {"stage": "kernels-small", "provenance": origin, "error": "did not end"}
+    (committed / "results" / "cpu" / "kernels-small.json").write_text(json.dumps(stage))
+    assert report_on(committed) == 0
+    text = (committed / "README.md").read_text()
+    assert f"source 0123456789abcdef on {ORIGIN['date'][:10]}" in text
+    assert "Stage kernels-small failed: did not end." in text
+
+
 def test_first_calls_are_told():
     row = {"first_token_ms": 12.3}
     assert report.first_token(row) == "12 ms"
