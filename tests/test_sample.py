@@ -77,6 +77,7 @@ def assert_as_reference(kernel, logits, uniform, seen, *options):
         (1000, "random", (1e-30, None, 0.9)),
         (1000, "random", (1e30, 30, 0.9)),
         (1000, "mostly -inf", (1e30, None, 0.9)),
+        (4500, "random", (0.8, 100, 1.0)),  # so too, and they are no power of two
         (5000, "random", (3.0, None, 0.99)),  # more candidates than a program holds at a time
     ],
 )
