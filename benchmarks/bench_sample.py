@@ -1,6 +1,7 @@
 """From logits to tokens at GLM-4's vocabulary: greedy, and drawn.
 
-    torch eager, .compile   the usual composition: sort, softmax, running sum, search, in fp64
+    torch eager, .compile   the usual composition: sort, softmax, running sum, search, in fp64;
+                            torch 2.11 cannot compile the running sum of several rows, and says so
     FlashInfer              top-k and top-p by rejection, where it is installed; it draws numbers of
                             its own, so only where all samplers must agree
 

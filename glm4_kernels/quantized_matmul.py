@@ -199,10 +199,12 @@ def check_quantized_matmul(
         packed_shape, scale_shape = (n_tiles, TILE * k * bits // 8), (n_tiles, n_groups, TILE)
     if packed.dtype != torch.uint8:
         raise bad_type(op, "packed", torch.uint8, packed.dtype)
+    check_memory(op, "packed", packed, x)  # first: the shape depends on the device
     if packed.shape != packed_shape:
         raise bad_value(op, "packed", list(packed_shape), list(packed.shape))
     if scale.dtype not in FLOAT_DTYPES:
         raise bad_type(op, "scale", "float32, bfloat16 or float16", scale.dtype)
+    check_memory(op, "scale", scale, x)
     if scale.shape != scale_shape:
         raise bad_value(op, "scale", list(scale_shape), list(scale.shape))
     if zero_point is not None:
@@ -219,8 +221,6 @@ def check_quantized_matmul(
             raise bad_value(op, "bias", f"[{n}]", list(bias.shape))
         if bias.device != x.device:
             raise bad_value(op, "bias", f"on {x.device}", bias.device)
-    check_memory(op, "packed", packed, x)
-    check_memory(op, "scale", scale, x)
 
 
 def check_memory(op: str, name: str, tensor: Tensor, x: Tensor) -> None:

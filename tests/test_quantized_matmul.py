@@ -14,6 +14,7 @@ import torch
 from conftest import REPOSITORY
 from hypothesis import strategies as st
 from numerics import assert_bitwise_equal, assert_within_rule
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import glm4_kernels as gk
 from glm4_kernels.extension import DTYPE_CODES, buffer, build_info, extension
@@ -443,6 +444,20 @@ def test_rejects(error, message, change):
     arguments = {"x": torch.ones(2, 64), "qweight": weight()} | change
     with pytest.raises(error, match=f"^quantized_matmul: {message}"):
         gk.quantized_matmul(**arguments)
+
+
+@pytest.mark.parametrize("there", ["packed", "scale"])
+def test_a_weight_on_another_device_is_told(there):
+    """Packed shapes differ by device: where it is comes first."""
+    devices = {"packed": "cpu", "scale": "cpu"} | {there: "cuda"}
+    with FakeTensorMode():
+        shape = (24, 32) if there == "packed" else (2, 16 * 32)
+        packed = torch.empty(shape, dtype=torch.uint8, device=devices["packed"])
+        scale = torch.empty(24, 2, device=devices["scale"])
+        with pytest.raises(ValueError, match=f"{there} must be on cpu, got cuda"):
+            check_quantized_matmul(
+                torch.empty(2, 64), packed, scale, None, None, 24, 4, 32, False, False
+            )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
