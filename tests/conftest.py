@@ -1,4 +1,5 @@
-"""Chooses where kernels run: on the GPU if there is one, else under the Triton interpreter."""
+"""Chooses where kernels run: on the GPU if there is one, else under the Triton interpreter, or with
+GLM4_COMPILED=90 (80, 89, ...) as compiled for that architecture, on the CPU (ptx_machine)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+COMPILED = os.environ.get("GLM4_COMPILED")
+if COMPILED and not torch.cuda.is_available():
+    from ptx_machine import executed_on_cpu
+
+    LAUNCHES = executed_on_cpu(int(COMPILED))
+    LAUNCHES.__enter__()  # until the process ends
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported anywhere
     with suppress(ImportError):
         import interpreter_floats  # noqa: F401

@@ -164,7 +164,8 @@ def test_fp32_quantises_the_unrounded_norm(target, device):
     hf = rms_norm_quantized_reference(*arguments)
     q, scale = launch_rms_norm_quantized(*arguments, rounding="fp32")
     assert (scale != hf[1]).float().mean() > 0.5
-    torch.testing.assert_close(scale, unrounded[1], rtol=2**-22, atol=0)
+    # rsqrt.approx errs by 2^-22, the sums of 128 squares and their quotient by as much together.
+    torch.testing.assert_close(scale, unrounded[1], rtol=2**-21, atol=0)
     assert (q.float() != unrounded[0].float()).float().mean() < 0.01
 
 
