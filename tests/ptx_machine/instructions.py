@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 
 from ptx_machine.numbers import (
-    F32,
     FP8_VALUES,
     INTEGERS,
     LANE,
@@ -70,6 +69,7 @@ OF_INTEGERS: dict[str, Callable[..., Array]] = {
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "not": np.invert,
+    "popc": lambda a: np.unpackbits(a.view(np.uint8)).reshape(LANES, -1).sum(1).astype(np.uint32),
 }
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal,
@@ -108,8 +108,8 @@ def arithmetic(name: str, modifiers: list[str], operands: list[str]) -> Step:
         pairs = [halves(value) for value in values]
         return packed(*(half(*(pair[i] for pair in pairs)) for i in range(2)))
 
-    computes = {"f32": fp32, "f16": half, "bf16": half, "f16x2": two_halves, "bf16x2": two_halves}
-    return lane_by_lane(operands, TYPES[kind], computes[kind])
+    computes = {"f64": function, "f32": fp32, "f16": half, "bf16": half}
+    return lane_by_lane(operands, TYPES[kind], computes.get(kind, two_halves))
 
 
 def multiply(name: str, modifiers: list[str], operands: list[str]) -> Step:
@@ -178,14 +178,17 @@ def permute(modifiers: list[str], operands: list[str]) -> Step:
 def compare(modifiers: list[str], operands: list[str]) -> Step:
     """setp; of floats ordered, or unordered ("neu"): true where one is NaN."""
     comparison, kind = modifiers
-    unordered = kind == "f32" and comparison.endswith("u")
-    function = COMPARISONS[comparison.removesuffix("u") if unordered else comparison]
+    if kind in INTEGERS:
+        return lane_by_lane(operands, TYPES[kind], COMPARISONS[comparison])
 
     def floats(x: Array, y: Array) -> Array:
         unknown = np.isnan(x) | np.isnan(y)
-        return function(x, y) | unknown if unordered else function(x, y) & ~unknown
+        if comparison in ("nan", "num"):
+            return unknown if comparison == "nan" else ~unknown
+        result = COMPARISONS[comparison.removesuffix("u")](x, y)
+        return result | unknown if comparison.endswith("u") else result & ~unknown
 
-    return lane_by_lane(operands, TYPES[kind], floats if kind == "f32" else function)
+    return lane_by_lane(operands, TYPES[kind], floats)
 
 
 def select(modifiers: list[str], operands: list[str]) -> Step:
@@ -235,9 +238,9 @@ def convert(modifiers: list[str], operands: list[str]) -> Step:
         ("e4m3x2", "f32"): lambda high, low: to_fp8(low) | (to_fp8(high) << np.uint16(8)),
     }
     function = conversions.get((to, of))
-    if function is None and to in INTEGERS and of == "f32" and "rzi" in modifiers:
-        return lane_by_lane(operands, F32, lambda x: truncated(x, TYPES[to]))
-    if function is None and of in INTEGERS and (to in INTEGERS or to == "f32"):
+    if function is None and to in INTEGERS and of in ("f32", "f64") and "rzi" in modifiers:
+        return lane_by_lane(operands, TYPES[of], lambda x: truncated(x, TYPES[to]))
+    if function is None and of in INTEGERS and (to in INTEGERS or to in ("f32", "f64")):
         return lane_by_lane(operands, TYPES[of], lambda x: x.astype(TYPES[to]))
     if function is None and of in INTEGERS and to in ("f16", "bf16"):
         return lane_by_lane(operands, TYPES[of], lambda x: narrow(x.astype(np.float64), to))

@@ -18,6 +18,7 @@ INTEGERS = {
 TYPES: dict[str, np.dtype] = {
     **INTEGERS,
     "f32": np.dtype(np.float32),
+    "f64": np.dtype(np.float64),
     **dict.fromkeys(("f16", "bf16", "e4m3x2"), np.dtype(np.uint16)),
     **dict.fromkeys(("f16x2", "bf16x2"), np.dtype(np.uint32)),
     "pred": np.dtype(np.bool_),

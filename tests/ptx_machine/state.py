@@ -173,8 +173,9 @@ def source(text: str, dtype: np.dtype) -> Operand:
 
 
 def immediate(text: str, dtype: np.dtype) -> Any:
-    """`text` is -1, 0x7632U, or the bits of an fp32 number, 0f3F800000."""
-    value = int(text[2:], 16) if text.startswith("0f") else int(text.rstrip("U"), 0)
+    """`text` is -1, 0x7632U, or the bits of an fp32 or fp64 number, 0f3F800000, 0d3FF..."""
+    is_float = text.startswith(("0f", "0d"))
+    value = int(text[2:], 16) if is_float else int(text.rstrip("U"), 0)
     if dtype == PREDICATE:
         return np.bool_(value)
     bits = value & (256**dtype.itemsize - 1)
