@@ -53,17 +53,19 @@ def problem(
     page_size=64,
     dtype=torch.float16,
     cache_dtype=None,
+    room=0,
 ) -> Problem:
     """Random tokens in shuffled pages; whatever lies past a length is NaN, or a page that is not
-    there. `queries` None makes q [B, H, D].
+    there. `queries` None makes q [B, H, D]; cache and table have room for `room` tokens at least.
 
     Scores have deviation 0.7: out then errs by less than the rule allows in fp32 too, where the
     error of p is that of the scores, eps * |s|, in the reference as in the kernel.
     """
     n_heads, kv_heads = heads
     used = [-(-n // page_size) for n in lengths]
-    n_pages = sum(used) + 1
-    table = torch.full((len(lengths), max(used) + 1), GARBAGE_PAGE, dtype=torch.int32)
+    most = [-(-max(n, room) // page_size) for n in lengths]
+    n_pages = sum(most) + 1
+    table = torch.full((len(lengths), max(most) + 1), GARBAGE_PAGE, dtype=torch.int32)
     shape = (n_pages, kv_heads, page_size, head_dim)
     k, v = torch.full((2, *shape), math.nan)
     pages = iter(torch.randperm(n_pages).tolist())
@@ -318,10 +320,7 @@ def test_dependent_launch_waits_for_what_it_reads(batch, device):
     last replay's inputs, and a combine its partials."""
     if torch.cuda.get_device_capability(device) < (9, 0):
         pytest.skip("programmatic dependent launch needs sm_90")
-    inputs = [
-        problem([length] * batch, device, dtype=torch.bfloat16, head_dim=128)
-        for length in (4000, 4095, 3969, 4050)  # 63 and 64 units: the schedule changes too
-    ]
+    inputs = race_inputs(batch, device)
     expected = [launch_flash_decode(*p.args, pdl=False) for p in inputs]
     static = replace(
         inputs[0], **{n: x.clone() for n, x in vars(inputs[0]).items() if n in WRITTEN}
@@ -345,6 +344,18 @@ def test_dependent_launch_waits_for_what_it_reads(batch, device):
         graph.replay()
         for out, lse in results:
             assert torch.equal(out, expected[which][0]) and torch.equal(lse, expected[which][1])
+
+
+def race_inputs(batch, device) -> list[Problem]:
+    """63 and 64 units of keys: the schedule changes too."""
+    options = {"dtype": torch.bfloat16, "head_dim": 128, "room": 4096}
+    return [problem([length] * batch, device, **options) for length in (4000, 4095, 3969, 4050)]
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_inputs_of_the_race_fit_one_graph(batch):
+    shapes = {tuple(x.shape for x in written(p)) for p in race_inputs(batch, "cpu")}
+    assert len(shapes) == 1
 
 
 WRITTEN = ("q", "k_cache", "v_cache", "block_table", "seq_lens")
