@@ -1,10 +1,8 @@
 // The Python module glm4_kernels._C: conversions only. Tensors cross as (address, bytes), or, where
-// that would take too long, as they are (tensor.h); the checks that give good messages are in
+// that would take too long, as they are (direct.h); the checks that give good messages are in
 // Python, those that memory safety needs beside each op.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
-#include <optional>
 
 #include "cpu/ceilings.h"
 #include "cpu/decode_advance.h"
@@ -15,6 +13,7 @@
 #include "cpu/sample.h"
 #include "cpu/simd.h"
 #include "cpu/swiglu.h"
+#include "direct.h"
 #include "flash_decode.h"
 #include "quantized_matmul.h"
 #include "tensor.h"
@@ -39,82 +38,27 @@ static py::dict build_info() {
     return info;
 }
 
-// quantized_matmul_tensors(x, packed, scale, zero_point | None, bias | None, n, bits, group_size |
-// None, activation_group, swiglu, n_threads) -> y, or None for arguments that do not fit each
-// other, or not this kernel: Python then says why, or makes them fit. By hand, since this is called
-// some 160 times a token and a call of pybind11 with as many arguments takes 1.2 us.
-static PyObject* quantized_matmul_tensors(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
-    constexpr int TENSORS = 5, NUMBERS = 6, GROUP = 2;
-    if (n_args != TENSORS + NUMBERS) {
-        PyErr_SetString(PyExc_TypeError, "quantized_matmul_tensors takes 11 arguments");
-        return nullptr;
-    }
-    glm4::Tensor tensors[TENSORS] = {};
-    for (int i = 0; i < TENSORS; ++i) {
-        if (i >= 3 && args[i] == Py_None) continue;
-        if (!glm4::read_tensor(args[i], &tensors[i])) Py_RETURN_NONE;
-    }
-    int64_t numbers[NUMBERS] = {};
-    for (int i = 0; i < NUMBERS; ++i) {
-        if (i == GROUP && args[TENSORS + i] == Py_None) continue;
-        numbers[i] = PyLong_AsLongLong(args[TENSORS + i]);
-        if (numbers[i] == -1 && PyErr_Occurred()) return nullptr;
-    }
-    const auto& [x, packed, scale, zero_point, bias] = tensors;
-    const auto [n, bits, group, activation_group, swiglu, n_threads] = numbers;
-    std::optional<int64_t> group_size;
-    if (args[TENSORS + GROUP] != Py_None) group_size = group;
-    glm4::Arguments arguments{};
-    if (!glm4::arguments_of(x, packed, scale, args[3] == Py_None ? nullptr : &zero_point,
-                            args[4] == Py_None ? nullptr : &bias, n, bits, group_size, swiglu != 0,
-                            &arguments)) {
-        Py_RETURN_NONE;
-    }
-
-    const int64_t columns = swiglu ? n / 2 : n;
-    PyObject* new_empty[1 + glm4::MAX_DIMS] = {args[0]};
-    for (int i = 0; i < x.dims; ++i) {
-        new_empty[1 + i] = PyLong_FromLongLong(i + 1 < x.dims ? x.shape[i] : columns);
-    }
-    static PyObject* const name = PyUnicode_InternFromString("new_empty");
-    PyObject* y = PyObject_VectorcallMethod(name, new_empty, std::size_t(1 + x.dims), nullptr);
-    for (int i = 0; i < x.dims; ++i) Py_DECREF(new_empty[1 + i]);
-    if (!y) return nullptr;
-    glm4::Tensor result{};
-    if (!glm4::read_tensor(y, &result)) {
-        Py_DECREF(y);
-        Py_RETURN_NONE;
-    }
-    try {
-        arguments.y = result.buffer;
-        const auto problem =
-            glm4::checked_quantized_matmul(arguments, glm4::Layout::tiles, swiglu != 0);
-        py::gil_scoped_release release;
-        glm4::quantized_matmul_cpu(problem, activation_group, int(n_threads), "");
-    } catch (const std::exception& error) {
-        Py_DECREF(y);
-        PyErr_SetString(PyExc_ValueError, error.what());
-        return nullptr;
-    }
-    return y;
-}
-
 PYBIND11_MODULE(_C, module) {
     module.def("build_info", build_info);
 
-    module.def("learn_tensors",
-               [](py::type tensor_class) { glm4::learn_tensors(tensor_class.ptr()); });
-    static PyMethodDef fast = {
-        "quantized_matmul_tensors",
-        reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quantized_matmul_tensors)),
-        METH_FASTCALL, nullptr};
-    module.add_object("quantized_matmul_tensors",
-                      py::reinterpret_steal<py::object>(PyCFunction_New(&fast, nullptr)));
+    module.def("learn_torch", [](py::module torch) { glm4::learn_torch(torch.ptr()); });
+    if (PyModule_AddFunctions(module.ptr(), glm4::DIRECT_CALLS) != 0) throw py::error_already_set();
 
     const py::call_guard<py::gil_scoped_release> no_gil;
     module.def("decode_advance_cpu", glm4::decode_advance_cpu, no_gil);
     module.def("merge_attention_cpu", glm4::merge_attention_cpu, no_gil);
-    module.def("norm_cpu", glm4::norm_cpu, no_gil);
+    module.def(
+        "norm_cpu",
+        [](Buffer y, Buffer scale, Buffer residual_out, Buffer x, Buffer residual,
+           Buffer post_weight, Buffer weight, int dtype, int y_dtype, bool rounds_as_hf,
+           int64_t n_rows, int64_t n_cols, int64_t group, int64_t stride_x, int64_t stride_residual,
+           double eps, int n_threads, const std::string& variant) {
+            glm4::norm_cpu(
+                {y, scale, residual_out, x, residual, post_weight, weight, dtype, y_dtype,
+                 rounds_as_hf, n_rows, n_cols, group, stride_x, stride_residual, eps},
+                n_threads, variant);
+        },
+        no_gil);
     module.def("rope_cpu", glm4::rope_cpu, no_gil);
     module.def("rope_kv_write_cpu", glm4::rope_kv_write_cpu, no_gil);
     module.def("sample_cpu", glm4::sample_cpu, no_gil);
@@ -146,17 +90,18 @@ PYBIND11_MODULE(_C, module) {
                        activation_group, n_threads, variant);
                });
 
-    module.def("flash_decode_cpu",
-               [](Buffer out, Buffer lse, Buffer q, Buffer k, Buffer v, Buffer block_table,
-                  Buffer seq_lens, Buffer k_scale, Buffer v_scale, int dtype, int format,
-                  float scale, const std::vector<int64_t>& sizes,
-                  const std::vector<int64_t>& strides, int n_threads, const std::string& variant) {
-                   py::gil_scoped_release release;
-                   glm4::flash_decode_cpu(
-                       glm4::checked_flash_decode(out, lse, q, k, v, block_table, seq_lens, k_scale,
-                                                  v_scale, dtype, format, scale, sizes, strides),
-                       n_threads, variant);
-               });
+    module.def(
+        "flash_decode_cpu",
+        [](Buffer out, Buffer lse, Buffer q, Buffer k, Buffer v, Buffer block_table,
+           Buffer seq_lens, Buffer k_scale, Buffer v_scale, int dtype, int format, float scale,
+           const std::array<int64_t, 8>& sizes, const std::array<int64_t, 14>& strides,
+           int n_threads, const std::string& variant) {
+            py::gil_scoped_release release;
+            glm4::flash_decode_cpu(
+                glm4::checked_flash_decode(out, lse, q, k, v, block_table, seq_lens, k_scale,
+                                           v_scale, dtype, format, scale, sizes, strides),
+                n_threads, variant);
+        });
 
 #ifdef GLM4_CUDA_VERSION
     module.def("quantized_matmul_cuda",

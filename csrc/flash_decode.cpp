@@ -24,10 +24,9 @@ static void check_values(const FlashDecode& p) {
 FlashDecode checked_flash_decode(Buffer out, Buffer lse, Buffer q, Buffer k, Buffer v,
                                  Buffer block_table, Buffer seq_lens, Buffer k_scale,
                                  Buffer v_scale, int dtype, int format, float scale,
-                                 const std::vector<int64_t>& sizes,
-                                 const std::vector<int64_t>& strides) {
+                                 const std::array<int64_t, 8>& sizes,
+                                 const std::array<int64_t, 14>& strides) {
     CHECKS.require(0 <= format && format <= 2, "unknown cache format");
-    CHECKS.require(sizes.size() == 8 && strides.size() == 14, "8 sizes, 14 strides are needed");
     FlashDecode p;
     p.dtype = CHECKS.dtype(dtype), p.format = CacheFormat(format), p.scale = scale;
     int64_t* const size_fields[] = {&p.batch,   &p.n_queries,  &p.n_heads,   &p.head_dim,

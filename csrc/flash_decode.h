@@ -2,6 +2,7 @@
 // glm4_kernels/flash_decode.py.
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -49,8 +50,8 @@ GLM4_HOST_DEVICE int64_t cache_item_bytes(const FlashDecode& p) {
 FlashDecode checked_flash_decode(Buffer out, Buffer lse, Buffer q, Buffer k, Buffer v,
                                  Buffer block_table, Buffer seq_lens, Buffer k_scale,
                                  Buffer v_scale, int dtype, int format, float scale,
-                                 const std::vector<int64_t>& sizes,
-                                 const std::vector<int64_t>& strides);
+                                 const std::array<int64_t, 8>& sizes,
+                                 const std::array<int64_t, 14>& strides);
 
 // The inner loops that this processor can run, best first.
 std::vector<std::string> flash_decode_variants();

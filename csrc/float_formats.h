@@ -16,10 +16,31 @@
 namespace glm4 {
 
 // The numbers are known to glm4_kernels/extension.py.
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, uint8 = 3 };
+enum class DType : int {
+    float32 = 0,
+    bfloat16 = 1,
+    float16 = 2,
+    uint8 = 3,
+    int8 = 4,
+    float8_e4m3 = 5,
+    int32 = 6,
+    int64 = 7
+};
 
 GLM4_HOST_DEVICE int64_t size_of(DType dtype) {
-    return dtype == DType::float32 ? 4 : dtype == DType::uint8 ? 1 : 2;
+    switch (dtype) {
+        case DType::uint8:
+        case DType::int8:
+        case DType::float8_e4m3:
+            return 1;
+        case DType::bfloat16:
+        case DType::float16:
+            return 2;
+        case DType::int64:
+            return 8;
+        default:
+            return 4;
+    }
 }
 
 GLM4_HOST_DEVICE uint32_t bits_of(float value) {

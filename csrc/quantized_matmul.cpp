@@ -31,7 +31,9 @@ constexpr int64_t LIMIT = int64_t(1) << 31;  // of each size, so that no product
 bool arguments_of(const Tensor& x, const Tensor& packed, const Tensor& scale,
                   const Tensor* zero_point, const Tensor* bias, int64_t n, int64_t bits,
                   std::optional<int64_t> group_size, bool swiglu, Arguments* arguments) {
-    constexpr int FLOATS = int(DType::float16);
+    for (const Tensor* tensor : {&x, &packed, &scale, zero_point, bias}) {
+        if (tensor && !tensor->is_contiguous()) return false;
+    }
     if (x.dims < 1 || x.dims > MAX_DIMS || n < 1 || n >= LIMIT) return false;
     const int64_t k = x.shape[x.dims - 1], group = group_size.value_or(k);
     if (k < 1 || k >= LIMIT || k % 32 || group < 32 || k % group) return false;
@@ -40,9 +42,11 @@ bool arguments_of(const Tensor& x, const Tensor& packed, const Tensor& scale,
     for (int i = 0; i + 1 < x.dims; ++i) m *= x.shape[i];
     const int64_t tiles = (n + TILE_ROWS - 1) / TILE_ROWS, groups = k / group;
     if (m < 1 || (bits != 4 && bits != 8) || (swiglu && n % (2 * TILE_ROWS))) return false;
-    if (x.dtype > FLOATS || scale.dtype > FLOATS || packed.dtype != int(DType::uint8)) return false;
+    if (x.dtype > DType::float16 || scale.dtype > DType::float16) return false;
+    if (packed.dtype != DType::uint8) return false;
     if (!packed.has_shape(tiles, TILE_ROWS * k * bits / 8)) return false;
     if (!scale.has_shape(tiles, groups, int64_t(TILE_ROWS))) return false;
+    if (zero_point && zero_point->dtype > DType::uint8) return false;
     if (zero_point && !zero_point->has_shape(tiles, groups, int64_t(TILE_ROWS))) return false;
     if (bias && (bias->dtype != x.dtype || !bias->has_shape(n))) return false;
     const Buffer absent{0, 0};
@@ -52,9 +56,9 @@ bool arguments_of(const Tensor& x, const Tensor& packed, const Tensor& scale,
                   scale.buffer,
                   zero_point ? zero_point->buffer : absent,
                   bias ? bias->buffer : absent,
-                  x.dtype,
-                  scale.dtype,
-                  zero_point ? zero_point->dtype : 0,
+                  int(x.dtype),
+                  int(scale.dtype),
+                  zero_point ? int(zero_point->dtype) : 0,
                   m,
                   n,
                   k,

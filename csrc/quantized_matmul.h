@@ -39,7 +39,7 @@ struct Tensor;
 // Most dimensions of an x that `arguments_of` takes.
 constexpr int MAX_DIMS = 8;
 
-// Of contiguous CPU tensors that fit each other, all but y; false for others. No group size: per
+// Of contiguous tensors that fit each other, all but y; false for others. No group size: per
 // channel.
 bool arguments_of(const Tensor& x, const Tensor& packed, const Tensor& scale,
                   const Tensor* zero_point, const Tensor* bias, int64_t n, int64_t bits,

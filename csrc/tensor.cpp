@@ -25,33 +25,47 @@ struct ExchangeTable {
 };
 
 constexpr int32_t CPU = 1;
-enum TypeCode : uint8_t { UNSIGNED = 1, FLOAT = 2, BFLOAT = 4 };
 
+struct Code {
+    uint8_t type, bits;
+    DType dtype;
+};
+constexpr Code CODES[] = {
+    {2, 32, DType::float32}, {4, 16, DType::bfloat16}, {2, 16, DType::float16},
+    {1, 8, DType::uint8},    {0, 8, DType::int8},      {10, 8, DType::float8_e4m3},
+    {0, 32, DType::int32},   {0, 64, DType::int64},
+};
+
+Torch learnt = {};
 PyTypeObject* tensor_type = nullptr;
 const ExchangeTable* table = nullptr;
 
-int dtype_of(const DLTensor& view) {
-    if (view.type_lanes != 1) return -1;
-    if (view.type_code == FLOAT && view.type_bits == 32) return int(DType::float32);
-    if (view.type_code == BFLOAT && view.type_bits == 16) return int(DType::bfloat16);
-    if (view.type_code == FLOAT && view.type_bits == 16) return int(DType::float16);
-    if (view.type_code == UNSIGNED && view.type_bits == 8) return int(DType::uint8);
-    return -1;
+bool read_dtype(const DLTensor& view, DType* dtype) {
+    for (const Code& code : CODES) {
+        if (view.type_code != code.type || view.type_bits != code.bits) continue;
+        *dtype = code.dtype;
+        return view.type_lanes == 1;
+    }
+    return false;
 }
 
 }  // namespace
 
-void learn_tensors(PyObject* tensor_class) {
+void learn_torch(PyObject* torch) {
+    PyObject* tensor_class = PyObject_GetAttrString(torch, "Tensor");
     PyObject* capsule = PyObject_GetAttrString(tensor_class, "__dlpack_c_exchange_api__");
     const void* found = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
     Py_XDECREF(capsule);  // the class keeps it
+    learnt = {PyObject_GetAttrString(torch, "empty_like"),
+              PyObject_GetAttrString(torch, "get_num_threads"),
+              PyObject_GetAttrString(torch, "float32")};
     PyErr_Clear();
-    const auto* exchange = static_cast<const ExchangeTable*>(found);
-    if (!exchange || exchange->major != 1 || !exchange->view_of_object) return;
-    Py_INCREF(tensor_class);
     tensor_type = reinterpret_cast<PyTypeObject*>(tensor_class);
-    table = exchange;
+    const auto* exchange = static_cast<const ExchangeTable*>(found);
+    if (exchange && exchange->major == 1 && exchange->view_of_object) table = exchange;
 }
+
+const Torch& torch() { return learnt; }
 
 bool read_tensor(PyObject* object, Tensor* tensor) {
     if (!table || !PyObject_TypeCheck(object, tensor_type)) return false;
@@ -60,16 +74,15 @@ bool read_tensor(PyObject* object, Tensor* tensor) {
         PyErr_Clear();  // no memory of its own, or not on a device that DLPack knows
         return false;
     }
-    const int dtype = dtype_of(view);
-    if (view.device_type != CPU || dtype < 0) return false;
+    DType dtype;
+    if (view.device_type != CPU || !read_dtype(view, &dtype)) return false;
     int64_t count = 1;
-    for (int i = view.dims - 1; i >= 0; --i) {
-        if (view.shape[i] != 1 && view.strides[i] != count) return false;
-        count *= view.shape[i];
+    for (int i = 0; i < view.dims; ++i) {
+        count = view.shape[i] && count ? count + (view.shape[i] - 1) * view.strides[i] : 0;
     }
     const auto first = reinterpret_cast<std::uintptr_t>(view.data) + view.byte_offset;
-    const auto bytes = std::size_t(count) * std::size_t(size_of(DType(dtype)));
-    *tensor = {{first, bytes}, dtype, view.dims, view.shape};
+    const auto bytes = std::size_t(count) * std::size_t(size_of(dtype));
+    *tensor = {{first, bytes}, dtype, view.dims, view.shape, view.strides};
     return true;
 }
 

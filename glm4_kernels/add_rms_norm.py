@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from glm4_kernels.dependent_launch import dependent, issue_loads, wait_for_producers
-from glm4_kernels.extension import ABSENT, DTYPE_CODES, HAS_EXTENSION, buffer, extension
-from glm4_kernels.library import as_rows, bad_type, bad_value, register_op, strided_rows
+from glm4_kernels.extension import HAS_EXTENSION, extension
+from glm4_kernels.library import as_rows, bad_type, bad_value, register_op
 from glm4_kernels.quantize_rows import check_quantize_rows, empty_quantized, quantize_rows
 from glm4_kernels.rms_norm import (
     check_rms_norm,
+    norm_by_address,
     normalised,
     rms_normalise,
     row_tiles,
@@ -165,34 +166,34 @@ def add_rms_norm_cpu(
     rounding: Rounding = "hf",
     variant: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """The C++ kernel, where it rounds as HF; `variant`: one of build_info()["simd_variants"], by
-    default the best."""
-    if rounding != "hf":
-        y, residual_out = add_rms_norm_reference(x, residual, weight, eps, rounding)
-        return y.contiguous(), residual_out.contiguous()
-    n_cols = x.shape[-1]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    residual_out = torch.empty_like(y)
-    x_rows, stride_x = strided_rows(x)
-    residual_rows, stride_residual = strided_rows(residual)
-    weight = weight.contiguous()
-    extension().norm_cpu(
-        buffer(y),
-        buffer(residual_out),
-        buffer(x_rows),
-        buffer(residual_rows),
-        ABSENT,
-        buffer(weight),
-        DTYPE_CODES[x.dtype],
-        y.numel() // n_cols,
-        n_cols,
-        stride_x,
-        stride_residual,
-        eps,
-        torch.get_num_threads(),
-        variant,
-    )
-    return y, residual_out
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    arguments = (x, residual, None, weight, eps, None, None, rounding, variant)
+    outputs: tuple[Tensor, Tensor] | None = extension().norm(*arguments)
+    if outputs is None:
+        check_add_rms_norm(x, residual, weight, eps, rounding)
+        y, residual_out = norm_by_address(*arguments)
+        outputs = y, residual_out
+    return outputs
+
+
+def add_rms_norm_quantized_cpu(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    group_size: int | None = None,
+    rounding: Rounding = "hf",
+    variant: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    arguments = (x, residual, None, weight, eps, dtype, group_size, rounding, variant)
+    outputs: tuple[Tensor, Tensor, Tensor] | None = extension().norm(*arguments)
+    if outputs is None:
+        check_add_rms_norm_quantized(x, residual, weight, eps, dtype, group_size, rounding)
+        y, scale, residual_out = norm_by_address(*arguments)
+        outputs = y, scale, residual_out
+    return outputs
 
 
 def check_add_rms_norm(
@@ -237,6 +238,7 @@ _add_rms_norm = register_op(
     reference=add_rms_norm_reference,
     launch=launch_add_rms_norm,
     cpu=add_rms_norm_cpu if HAS_EXTENSION else None,
+    cpu_checks=True,
     fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
 
@@ -246,6 +248,8 @@ _add_rms_norm_quantized = register_op(
     check=check_add_rms_norm_quantized,
     reference=add_rms_norm_quantized_reference,
     launch=launch_add_rms_norm_quantized,
+    cpu=add_rms_norm_quantized_cpu if HAS_EXTENSION else None,
+    cpu_checks=True,
     fake=lambda x, residual, weight, eps, dtype, group_size=None, *_: (
         *empty_quantized(x, dtype, group_size),
         x.new_empty(x.shape),

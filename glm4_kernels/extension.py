@@ -17,14 +17,21 @@ _C: ModuleType | None = None
 _missing = ""
 try:
     _module = importlib.import_module("glm4_kernels._C")
-    _module.learn_tensors(Tensor)
+    _module.learn_torch(torch)
     _C = _module
 except (ImportError, AttributeError) as error:  # none, or one built from older sources
     _missing = str(error)
 HAS_EXTENSION = _C is not None
 
 # enum class DType in csrc/float_formats.h
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.uint8: 3,
+    torch.int8: 4,
+    torch.float8_e4m3fn: 5,
+}
 # (address, bytes) of a tensor that is not there
 ABSENT = (0, 0)
 

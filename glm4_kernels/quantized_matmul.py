@@ -244,9 +244,9 @@ def quantized_matmul_cpu(
 ) -> Tensor:
     """The C++ kernel. What needs no copy goes there as it is and is checked there, which is faster;
     the rest is checked in words here."""
-    y: Tensor | None = extension().quantized_matmul_tensors(
+    y: Tensor | None = extension().quantized_matmul(
         *(x, packed, scale, zero_point, bias, n, bits, group_size),
-        *(ACTIVATION_GROUP if int8_activations else 0, swiglu, torch.get_num_threads()),
+        *(ACTIVATION_GROUP if int8_activations else 0, swiglu),
     )
     if y is None:
         arguments = (x, packed, scale, zero_point, bias, n, bits, group_size, int8_activations)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from glm4_kernels.dependent_launch import dependent, issue_loads, wait_for_producers
-from glm4_kernels.extension import ABSENT, DTYPE_CODES, HAS_EXTENSION, buffer, extension
+from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
 from glm4_kernels.library import (
     FLOAT_DTYPES,
     as_rows,
@@ -185,31 +185,70 @@ def _launch(
 def rms_norm_cpu(
     x: Tensor, weight: Tensor, eps: float, rounding: Rounding = "hf", variant: str = ""
 ) -> Tensor:
-    """The C++ kernel, where it rounds as HF; `variant`: one of build_info()["simd_variants"], by
-    default the best."""
-    if rounding != "hf":
-        return rms_norm_reference(x, weight, eps, rounding).contiguous()
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    arguments = (x, None, None, weight, eps, None, None, rounding, variant)
+    y: Tensor | None = extension().norm(*arguments)
+    if y is None:
+        check_rms_norm(x, weight, eps, rounding)
+        (y,) = norm_by_address(*arguments)
+    return y
+
+
+def rms_norm_quantized_cpu(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    group_size: int | None = None,
+    rounding: Rounding = "hf",
+    variant: str = "",
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    arguments = (x, None, None, weight, eps, dtype, group_size, rounding, variant)
+    outputs: tuple[Tensor, Tensor] | None = extension().norm(*arguments)
+    if outputs is None:
+        check_rms_norm_quantized(x, weight, eps, dtype, group_size, rounding)
+        y, scale = norm_by_address(*arguments)
+        outputs = y, scale
+    return outputs
+
+
+def norm_by_address(
+    x: Tensor,
+    residual: Tensor | None,
+    post_weight: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype | None,
+    group_size: int | None,
+    rounding: Rounding,
+    variant: str,
+) -> list[Tensor]:
+    """What extension().norm gives, for tensors that it leaves to Python: copied where they must
+    be."""
     n_cols = x.shape[-1]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows, stride = strided_rows(x)
-    weight = weight.contiguous()
+    weights = [None if w is None else w.contiguous() for w in (post_weight, weight)]
+    residual_rows, stride_residual = (None, 0) if residual is None else strided_rows(residual)
+    y, scale = x.new_empty(x.shape), None
+    if dtype is not None:
+        y, scale = empty_quantized(x, dtype, group_size)
+    residual_out = None if residual is None else x.new_empty(x.shape)
     extension().norm_cpu(
-        buffer(y),
-        ABSENT,
-        buffer(rows),
-        ABSENT,
-        ABSENT,
-        buffer(weight),
+        *map(buffer, (y, scale, residual_out, rows, residual_rows, *weights)),
         DTYPE_CODES[x.dtype],
+        DTYPE_CODES[y.dtype],
+        rounding == "hf",
         y.numel() // n_cols,
         n_cols,
+        group_size or n_cols,
         stride,
-        0,
+        stride_residual,
         eps,
         torch.get_num_threads(),
         variant,
     )
-    return y
+    return [output for output in (y, scale, residual_out) if output is not None]
 
 
 def check_rms_norm(
@@ -257,6 +296,7 @@ _rms_norm = register_op(
     reference=rms_norm_reference,
     launch=launch_rms_norm,
     cpu=rms_norm_cpu if HAS_EXTENSION else None,
+    cpu_checks=True,
     fake=lambda x, *_: x.new_empty(x.shape),
 )
 
@@ -266,6 +306,8 @@ _rms_norm_quantized = register_op(
     check=check_rms_norm_quantized,
     reference=rms_norm_quantized_reference,
     launch=launch_rms_norm_quantized,
+    cpu=rms_norm_quantized_cpu if HAS_EXTENSION else None,
+    cpu_checks=True,
     fake=lambda x, weight, eps, dtype, group_size=None, *_: empty_quantized(x, dtype, group_size),
 )
 

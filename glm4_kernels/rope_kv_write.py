@@ -44,9 +44,6 @@ from glm4_kernels.rope import (
 )
 from glm4_kernels.triton_import import tl, triton
 
-# enum class CacheType in csrc/cpu/rope.h; 0 is the dtype of qkv.
-CACHE_TYPES = {torch.int8: 1, torch.float8_e4m3fn: 2}
-
 
 def rope_kv_write_reference(
     qkv: Tensor,
@@ -279,6 +276,11 @@ def rope_kv_write_cpu(
     variant: str = "",
 ) -> Tensor:
     """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    arguments = (qkv, positions, table, k_cache, v_cache, slots, n_heads, bias, k_scale, v_scale)
+    given: Tensor | None = extension().rope_kv_write(*arguments, variant)
+    if given is not None:
+        return given
+    check_rope_kv_write(*arguments)
     n_tokens = qkv.shape[0]
     cache_shape = k_cache.shape
     q = torch.empty((n_tokens, n_heads, cache_shape[3]), dtype=qkv.dtype)
@@ -299,7 +301,7 @@ def rope_kv_write_cpu(
         buffer(table),
         DTYPE_CODES[qkv.dtype],
         DTYPE_CODES[table.dtype],
-        CACHE_TYPES.get(k_cache.dtype, 0),
+        DTYPE_CODES[k_cache.dtype],
         positions.itemsize,
         slots.itemsize,
         n_tokens,
@@ -446,6 +448,7 @@ _rope_kv_write = register_op(
     reference=rope_kv_write_reference,
     launch=launch_rope_kv_write,
     cpu=rope_kv_write_cpu if HAS_EXTENSION else None,
+    cpu_checks=True,
     fake=fake_rope_kv_write,
 )
 

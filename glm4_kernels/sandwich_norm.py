@@ -27,11 +27,12 @@ from glm4_kernels.add_rms_norm import (
     check_residual,
 )
 from glm4_kernels.dependent_launch import dependent, issue_loads, wait_for_producers
-from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
-from glm4_kernels.library import as_rows, register_op, strided_rows
+from glm4_kernels.extension import HAS_EXTENSION, extension
+from glm4_kernels.library import as_rows, register_op
 from glm4_kernels.quantize_rows import check_quantize_rows, empty_quantized
 from glm4_kernels.rms_norm import (
     check_rms_norm,
+    norm_by_address,
     normalised,
     rms_normalise,
     row_tiles,
@@ -185,34 +186,35 @@ def sandwich_norm_cpu(
     rounding: Rounding = "hf",
     variant: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """The C++ kernel, where it rounds as HF; `variant`: one of build_info()["simd_variants"], by
-    default the best."""
-    if rounding != "hf":
-        outputs = sandwich_norm_reference(x, residual, post_weight, pre_weight, eps, rounding)
-        return outputs[0].contiguous(), outputs[1].contiguous()
-    n_cols = x.shape[-1]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    residual_out = torch.empty_like(y)
-    x_rows, stride_x = strided_rows(x)
-    residual_rows, stride_residual = strided_rows(residual)
-    post_weight, pre_weight = post_weight.contiguous(), pre_weight.contiguous()
-    extension().norm_cpu(
-        buffer(y),
-        buffer(residual_out),
-        buffer(x_rows),
-        buffer(residual_rows),
-        buffer(post_weight),
-        buffer(pre_weight),
-        DTYPE_CODES[x.dtype],
-        y.numel() // n_cols,
-        n_cols,
-        stride_x,
-        stride_residual,
-        eps,
-        torch.get_num_threads(),
-        variant,
-    )
-    return y, residual_out
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    arguments = (x, residual, post_weight, pre_weight, eps, None, None, rounding, variant)
+    outputs: tuple[Tensor, Tensor] | None = extension().norm(*arguments)
+    if outputs is None:
+        check_sandwich_norm(x, residual, post_weight, pre_weight, eps, rounding)
+        y, residual_out = norm_by_address(*arguments)
+        outputs = y, residual_out
+    return outputs
+
+
+def sandwich_norm_quantized_cpu(
+    x: Tensor,
+    residual: Tensor,
+    post_weight: Tensor,
+    pre_weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    group_size: int | None = None,
+    rounding: Rounding = "hf",
+    variant: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
+    arguments = (x, residual, post_weight, pre_weight, eps, dtype, group_size, rounding, variant)
+    outputs: tuple[Tensor, Tensor, Tensor] | None = extension().norm(*arguments)
+    if outputs is None:
+        check_sandwich_norm_quantized(*arguments[:-1])
+        y, scale, residual_out = norm_by_address(*arguments)
+        outputs = y, scale, residual_out
+    return outputs
 
 
 def check_sandwich_norm(
@@ -251,6 +253,7 @@ _sandwich_norm = register_op(
     reference=sandwich_norm_reference,
     launch=launch_sandwich_norm,
     cpu=sandwich_norm_cpu if HAS_EXTENSION else None,
+    cpu_checks=True,
     fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
 
@@ -261,6 +264,8 @@ _sandwich_norm_quantized = register_op(
     check=check_sandwich_norm_quantized,
     reference=sandwich_norm_quantized_reference,
     launch=launch_sandwich_norm_quantized,
+    cpu=sandwich_norm_quantized_cpu if HAS_EXTENSION else None,
+    cpu_checks=True,
     fake=lambda x, residual, post_weight, pre_weight, eps, dtype, group_size=None, *_: (
         *empty_quantized(x, dtype, group_size),
         x.new_empty(x.shape),

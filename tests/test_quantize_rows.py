@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernels import DTYPES, SIMD_VARIANTS
 from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
 
 import glm4_kernels as gk
 from glm4_kernels.add_rms_norm import (
+    add_rms_norm_cpu,
+    add_rms_norm_quantized_cpu,
     add_rms_norm_quantized_reference,
     launch_add_rms_norm,
     launch_add_rms_norm_quantized,
@@ -19,29 +22,37 @@ from glm4_kernels.quantize_rows import QUANTISED_LIMIT, check_quantize_rows, qua
 from glm4_kernels.rms_norm import (
     launch_rms_norm,
     launch_rms_norm_quantized,
+    rms_norm_cpu,
+    rms_norm_quantized_cpu,
     rms_norm_quantized_reference,
 )
 from glm4_kernels.sandwich_norm import (
     launch_sandwich_norm,
     launch_sandwich_norm_quantized,
+    sandwich_norm_cpu,
+    sandwich_norm_quantized_cpu,
     sandwich_norm_quantized_reference,
 )
 
 EPS = 1e-5
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
-# Inputs of [..., N], weights of [N]; the plain launcher, the quantising one, its reference.
+# Inputs of [..., N], weights of [N]; the plain launcher, the quantising one, its reference; both in
+# C++.
 NORMS = {
     "rms_norm": (
         *(1, 1, launch_rms_norm),
         *(launch_rms_norm_quantized, rms_norm_quantized_reference),
+        *(rms_norm_cpu, rms_norm_quantized_cpu),
     ),
     "add_rms_norm": (
         *(2, 1, launch_add_rms_norm),
         *(launch_add_rms_norm_quantized, add_rms_norm_quantized_reference),
+        *(add_rms_norm_cpu, add_rms_norm_quantized_cpu),
     ),
     "sandwich_norm": (
         *(2, 2, launch_sandwich_norm),
         *(launch_sandwich_norm_quantized, sandwich_norm_quantized_reference),
+        *(sandwich_norm_cpu, sandwich_norm_quantized_cpu),
     ),
 }
 SHAPES = [
@@ -52,7 +63,14 @@ SHAPES = [
     ((4, 128), 128),  # one group
     ((5, 1), None),  # one column
 ]
+KERNELS = ["triton", *SIMD_VARIANTS]
 each_norm = pytest.mark.parametrize("norm", NORMS)
+each_kernel = pytest.mark.parametrize("kernel", KERNELS)
+each_kernel_and_dtype = pytest.mark.parametrize(
+    "kernel, dtype",
+    [(k, dtype) for k in KERNELS for dtype in (KERNEL_DTYPES if k == "triton" else DTYPES)],
+    ids=str,
+)
 each_target = pytest.mark.parametrize("target", [INT8, FP8], ids=["int8", "fp8"])
 
 
@@ -65,6 +83,14 @@ def inputs(norm, shape, dtype, device):
     for weight in weights:
         weight[::97] *= 20
     return [x.to(dtype).to(device) for x in (*rows, *weights)]
+
+
+def kernels_of(norm, kernel, device):
+    """The plain norm, the quantising one, and where they run."""
+    _, _, launch, launch_quantized, _, cpu, cpu_quantized = NORMS[norm]
+    if kernel == "triton":
+        return launch, launch_quantized, device
+    return partial(cpu, variant=kernel), partial(cpu_quantized, variant=kernel), torch.device("cpu")
 
 
 def skip_without_fp8(target, device):
@@ -117,12 +143,12 @@ def test_a_shorter_last_group():
 
 @each_norm
 @each_target
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@each_kernel_and_dtype
 @pytest.mark.parametrize("shape, group_size", SHAPES, ids=str)
-def test_quantises_what_the_norm_gives(norm, shape, group_size, dtype, target, device):
+def test_quantises_what_the_norm_gives(norm, shape, group_size, kernel, dtype, target, device):
     """Bit for bit: the norm is the same kernel, and what follows has no freedom."""
+    launch, launch_quantized, device = kernels_of(norm, kernel, device)
     skip_without_fp8(target, device)
-    _, _, launch, launch_quantized, _ = NORMS[norm]
     arguments = (*inputs(norm, shape, dtype, device), EPS)
     y, *residual = tensors(launch(*arguments))
     q, scale, *residual_out = launch_quantized(*arguments, target, group_size)
@@ -135,11 +161,12 @@ def test_quantises_what_the_norm_gives(norm, shape, group_size, dtype, target, d
 
 
 @each_norm
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@each_kernel_and_dtype
 @pytest.mark.parametrize("rounding", ["hf", "fp32"])
-def test_matches_reference(norm, rounding, dtype, device):
+def test_matches_reference(norm, rounding, kernel, dtype, device):
     """The scale by the one rule; no value further off than half a step and the norm's own error."""
-    _, _, _, launch_quantized, reference = NORMS[norm]
+    _, launch_quantized, device = kernels_of(norm, kernel, device)
+    reference = NORMS[norm][4]
     tensors_in = inputs(norm, (7, 192), dtype, device)
     options = {"dtype": INT8, "group_size": 64, "rounding": rounding}
     q, scale, *residual = launch_quantized(*tensors_in, EPS, **options)
@@ -155,24 +182,29 @@ def test_matches_reference(norm, rounding, dtype, device):
         assert_within_rule(actual, expected, oracle)
 
 
-@pytest.mark.parametrize("target", [INT8, FP8], ids=["int8", "fp8"])
-def test_fp32_quantises_the_unrounded_norm(target, device):
+@each_target
+@each_kernel
+def test_fp32_quantises_the_unrounded_norm(target, kernel, device):
+    _, launch_quantized, device = kernels_of("rms_norm", kernel, device)
     skip_without_fp8(target, device)
     x, weight = inputs("rms_norm", (64, 128), torch.float16, device)
     arguments = (x, weight, EPS, target, None)
     unrounded = rms_norm_quantized_reference(x.float(), weight.float(), *arguments[2:])
     hf = rms_norm_quantized_reference(*arguments)
-    q, scale = launch_rms_norm_quantized(*arguments, rounding="fp32")
+    q, scale = launch_quantized(*arguments, rounding="fp32")
     assert (scale != hf[1]).float().mean() > 0.5
-    # rsqrt.approx errs by 2^-22, the sums of 128 squares and their quotient by as much together.
+    # On a GPU rsqrt.approx errs by 2^-22; the sums of 128 squares and their quotient, or root,
+    # quotient and products, by as much together.
     torch.testing.assert_close(scale, unrounded[1], rtol=2**-21, atol=0)
     assert (q.float() != unrounded[0].float()).float().mean() < 0.01
 
 
 @each_norm
-def test_a_row_does_not_depend_on_its_neighbours(norm, device):
+@each_kernel
+def test_a_row_does_not_depend_on_its_neighbours(norm, kernel, device):
     """Batch invariance: alone, or among others, a row has the same bits."""
-    n_inputs, _, launch, launch_quantized, _ = NORMS[norm]
+    launch, launch_quantized, device = kernels_of(norm, kernel, device)
+    n_inputs = NORMS[norm][0]
     wide = inputs(norm, (9, 320), torch.float16, device)
     one = [x[4:5] for x in wide[:n_inputs]] + wide[n_inputs:]
     for run in (launch, lambda *arguments: launch_quantized(*arguments, INT8, 64)):
@@ -181,9 +213,35 @@ def test_a_row_does_not_depend_on_its_neighbours(norm, device):
             assert_bitwise_equal(a, b[4:5])
 
 
+@each_target
+@pytest.mark.parametrize("variant", SIMD_VARIANTS)
+def test_the_extension_rounds_as_the_reference(target, variant):
+    """Values of all sizes, the middles between codes, and what has no normal scale, through a norm
+    that changes nothing: the sum of squares is exact."""
+    rows = torch.cat(
+        (torch.randn(60, 256) * torch.logspace(-30, 30, 60)[:, None], torch.ones(8, 256))
+    )
+    rows[60, 5], rows[61, 6], rows[62, 7] = torch.nan, torch.inf, -torch.inf
+    rows[63] = 0.0
+    rows[64] = 1e-38
+    limit = QUANTISED_LIMIT[target]
+    codes = torch.arange(256, dtype=torch.uint8).view(target).float()
+    codes = torch.where(codes.abs() <= limit, codes, 0.0)
+    rows[65], rows[66] = codes, (codes + codes.roll(1)) / 2
+    rows[66, 0] = limit
+    x = torch.ones(1, 256)
+    for y in rows:
+        q, scale = rms_norm_quantized_cpu(x, y, 0.0, target, variant=variant)
+        expected_q, expected_scale = quantize_rows(y[None], target, None)
+        assert_bitwise_equal(scale, expected_scale)
+        assert_bitwise_equal(q.float(), expected_q.float())
+
+
 @each_norm
-def test_layouts(norm, device):
-    n_inputs, _, _, launch_quantized, reference = NORMS[norm]
+@each_kernel
+def test_layouts(norm, kernel, device):
+    _, launch_quantized, device = kernels_of(norm, kernel, device)
+    n_inputs, reference = NORMS[norm][0], NORMS[norm][4]
     wide = inputs(norm, (32, 96), torch.float32, device)
     weights = [weight[::3] for weight in wide[n_inputs:]]
     for layout in (
@@ -200,8 +258,10 @@ def test_layouts(norm, device):
 
 
 @each_norm
-def test_edges(norm, device):
-    n_inputs, n_weights, _, launch_quantized, _ = NORMS[norm]
+@each_kernel
+def test_edges(norm, kernel, device):
+    _, launch_quantized, device = kernels_of(norm, kernel, device)
+    n_inputs, n_weights = NORMS[norm][:2]
     weights = [torch.ones(64, device=device)] * n_weights
     empty = [torch.empty(0, 64, device=device)] * n_inputs
     q, scale = launch_quantized(*empty, *weights, EPS, INT8, 32)[:2]
@@ -217,11 +277,13 @@ def test_edges(norm, device):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # inf * 0
-def test_a_nan_in_one_column_shows_in_its_group(device):
+@each_kernel
+def test_a_nan_in_one_column_shows_in_its_group(kernel, device):
     """An infinite weight of a zero: the other groups keep their values."""
+    _, launch_quantized, device = kernels_of("rms_norm", kernel, device)
     x, weight = torch.ones(1, 96, device=device), torch.ones(96, device=device)
     x[0, 40], weight[40] = 0.0, torch.inf
-    q, scale = launch_rms_norm_quantized(x, weight, EPS, INT8, 32)
+    q, scale = launch_quantized(x, weight, EPS, INT8, 32)
     assert scale[0].isnan().tolist() == [False, True, False]
     assert (q[0, 32:64] == 0).all() and (q[0, :32] == 127).all()
 

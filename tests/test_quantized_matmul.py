@@ -563,8 +563,8 @@ def test_the_extension_takes_what_the_check_admits(data):
     if draw(st.integers(0, 19)) == 0:
         n = draw(st.sampled_from([0, -1, n + 1, n + 16, 2**31, 2**62]))
     arguments = (*tensors.values(), n, bits, group)
-    numbers = (64 if int8_activations else 0, swiglu, 1)
-    y = extension().quantized_matmul_tensors(*arguments, *numbers)
+    numbers = (64 if int8_activations else 0, swiglu)
+    y = extension().quantized_matmul(*arguments, *numbers)
     arguments = (*arguments, int8_activations, swiglu)
     if y is not None:
         check_quantized_matmul(*arguments)
@@ -582,22 +582,22 @@ def test_the_extension_takes_what_the_check_admits(data):
         (TypeError, {5: "n"}),
         (TypeError, {6: 4.0}),
         (OverflowError, {5: 2**64}),
-        (ValueError, {8: 48}),
     ],
 )
 def test_the_extension_refuses_other_objects(error, change):
     tensors = (torch.ones(2, 64), bytes_like(1, 512), torch.ones(1, 2, 16), None, None)
-    arguments = [*tensors, 4, 4, 32, 64, False, 1]
-    assert extension().quantized_matmul_tensors(*arguments).shape == (2, 4)
+    arguments = [*tensors, 4, 4, 32, 64, False]
+    assert extension().quantized_matmul(*arguments).shape == (2, 4)
     for position, value in ((0, None), (1, "packed"), (2, 1.0), (3, []), (4, torch.Tensor)):
         others = [*arguments[:position], value, *arguments[position + 1 :]]
-        assert extension().quantized_matmul_tensors(*others) is None
+        assert extension().quantized_matmul(*others) is None
+    assert extension().quantized_matmul(*arguments[:8], 48, False) is None
     for position, value in change.items():
         arguments[position] = value
     with pytest.raises(error):
-        extension().quantized_matmul_tensors(*arguments)
-    with pytest.raises(TypeError, match="takes 11 arguments"):
-        extension().quantized_matmul_tensors()
+        extension().quantized_matmul(*arguments)
+    with pytest.raises(TypeError, match="takes 10 arguments"):
+        extension().quantized_matmul()
 
 
 @on_cpu

@@ -148,9 +148,9 @@ def test_writes_nothing_outside(variant, dtype):
         (whole_y, y), (whole_sum, sum_out) = bordered(2, n_cols), bordered(2, n_cols)
         gate_up = torch.randn(2, 2 * n_cols).to(dtype)
         x, weight = gate_up[:, :n_cols], torch.randn(n_cols).to(dtype)
-        tensors = (y, sum_out, x, x, None, weight)
-        sizes = (2, n_cols, 2 * n_cols, 2 * n_cols)
-        module.norm_cpu(*(buffer(t) for t in tensors), code, *sizes, EPS, 1, variant)
+        tensors = (y, None, sum_out, x, x, None, weight)
+        sizes = (2, n_cols, n_cols, 2 * n_cols, 2 * n_cols)
+        module.norm_cpu(*map(buffer, tensors), code, code, True, *sizes, EPS, 1, variant)
         for out, expected in ((y, add_rms_norm_reference(x, x, weight, EPS)[0]), (sum_out, x + x)):
             assert (out - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
         module.swiglu_cpu(buffer(y), buffer(gate_up), code, 2, n_cols, 2 * n_cols, 1, variant)
@@ -175,20 +175,28 @@ def test_writes_nothing_outside(variant, dtype):
         (r"y is not aligned", {"y": torch.empty(40, dtype=torch.uint8)[1:]}),
         (r"impossible n_rows -1", {"sizes": (-1, 4)}),
         (r"impossible n_cols", {"sizes": (2, 2**31)}),
-        (r"unknown dtype code 3", {"dtype": 3}),
+        (r"unknown dtype code 3", {"dtypes": (3, 3)}),
+        (r"y must be of the dtype of x, int8 or float8_e4m3", {"dtypes": (0, 1)}),
+        (r"scale has no memory", {"dtypes": (0, 4)}),
+        (
+            r"scale must have more than 3 \* 4",
+            {"dtypes": (0, 5), "group": 2, "scale": torch.ones(3)},
+        ),
+        (r"group must divide n_cols", {"dtypes": (0, 4), "group": 3, "scale": torch.ones(4)}),
+        (r"group must divide n_cols", {"dtypes": (0, 4), "group": 0, "scale": torch.ones(4)}),
         (r"this processor runs no variant mmx", {"variant": "mmx"}),
     ],
 )
 def test_norm_checks_sizes_itself(message, change):
     """For callers that come around Python's checks: ValueError, and no memory touched."""
     good = {name: torch.ones(2, 4) for name in ("y", "residual_out", "x", "residual")}
-    good |= {"post_weight": torch.ones(4), "weight": torch.ones(4), "dtype": 0}
-    good |= {"sizes": (2, 4), "strides": (4, 4), "variant": ""}
+    good |= {"post_weight": torch.ones(4), "weight": torch.ones(4), "scale": None}
+    good |= {"sizes": (2, 4), "strides": (4, 4), "dtypes": (0, 0), "group": 4, "variant": ""}
+    names = ("y", "scale", "residual_out", "x", "residual", "post_weight", "weight")
 
-    def call(y, residual_out, x, residual, post_weight, weight, dtype, sizes, strides, variant):
-        tensors = (y, residual_out, x, residual, post_weight, weight)
-        buffers = [buffer(t) for t in tensors]
-        extension().norm_cpu(*buffers, dtype, *sizes, *strides, EPS, 1, variant)
+    def call(sizes, strides, dtypes, group, variant, **tensors):
+        buffers = [buffer(tensors[name]) for name in names]
+        extension().norm_cpu(*buffers, *dtypes, True, *sizes, group, *strides, EPS, 1, variant)
 
     call(**good)
     with pytest.raises(ValueError, match=message):
@@ -259,7 +267,7 @@ def test_merge_attention_checks_sizes_itself(message, change):
         (r"table must have", {"table": torch.ones(8, 8)}),
         (r"head_dim must be a multiple of 16", {"cache_shape": (2, 1, 4, 8)}),
         (r"page_size must be at least 1", {"cache_shape": (2, 1, 0, 16)}),
-        (r"unknown cache type 3", {"cache_type": 3}),
+        (r"cache must be of the dtype of qkv, int8 or float8_e4m3", {"cache_dtype": 3}),
         (r"indices have 4 or 8 bytes", {"slot_bytes": 2}),
         (r"table must be of the dtype", {"table_dtype": 1}),
     ],
@@ -269,7 +277,7 @@ def test_rope_kv_write_checks_sizes_itself(message, change):
     good |= {name: torch.ones(2, 1, 4, 16, dtype=torch.int8) for name in ("k_cache", "v_cache")}
     good |= {name: torch.ones(2, 1, 4) for name in ("k_scale", "v_scale")}
     good |= {"positions": torch.arange(3), "slots": torch.arange(3), "table": torch.ones(9, 8)}
-    good |= {"table_dtype": 0, "cache_type": 1, "slot_bytes": 8, "cache_shape": (2, 1, 4, 16)}
+    good |= {"table_dtype": 0, "cache_dtype": 4, "slot_bytes": 8, "cache_shape": (2, 1, 4, 16)}
     good |= {"cache_stride": (64, 64, 16, 1), "scale_stride": (4, 4, 1)}
     names = ("q_out", "k_cache", "v_cache", "k_scale", "v_scale")
     names += ("qkv", "bias", "positions", "slots", "table")
@@ -277,7 +285,7 @@ def test_rope_kv_write_checks_sizes_itself(message, change):
     def call(**given):
         wrong = extension().rope_kv_write_cpu(
             *(buffer(given[name]) for name in names),
-            *(0, given["table_dtype"], given["cache_type"], 8, given["slot_bytes"]),
+            *(0, given["table_dtype"], given["cache_dtype"], 8, given["slot_bytes"]),
             *(3, 2, 64, 9, 8, 8),
             *(given[name] for name in ("cache_shape", "cache_stride", "scale_stride")),
             *(1, ""),

@@ -25,6 +25,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 template <DType TYPE>
 constexpr int64_t ITEM = TYPE == DType::float32 ? 4 : 2;
@@ -46,6 +47,9 @@ static inline Words widen(Halves h) {
 }
 static inline Halves narrow(Words w) {
     return Halves(_mm512_maskz_cvtepi32_epi16(0xffff, __m512i(w)));
+}
+static inline Bytes low_bytes(Words w) {
+    return Bytes(_mm512_maskz_cvtepi32_epi8(0xffff, __m512i(w)));
 }
 
 static inline Floats widen_float16(Halves h) {
@@ -73,6 +77,17 @@ static inline Halves narrow(Words w) {
     return Halves(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
 
+static inline Bytes low_bytes(Words w) {
+    const __m256i low = _mm256_and_si256(__m256i(w), _mm256_set1_epi32(0xff));
+    const __m256i halves = _mm256_packus_epi32(low, low);  // within each half, as the next
+    const __m256i packed = _mm256_packus_epi16(halves, halves);
+    const __m256i order = _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0);
+    Bytes bytes;
+    const __m128i first = _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(packed, order));
+    memcpy(&bytes, &first, sizeof(bytes));
+    return bytes;
+}
+
 static inline Floats widen_float16(Halves h) { return Floats(_mm256_cvtph_ps(__m128i(h))); }
 
 static inline Halves narrow_to_float16(Floats x) {
@@ -90,6 +105,7 @@ static inline Floats smaller(Floats a, Floats b) {
 
 static inline Words widen(Halves h) { return __builtin_convertvector(h, Words); }
 static inline Halves narrow(Words w) { return __builtin_convertvector(w, Halves); }
+static inline Bytes low_bytes(Words w) { return __builtin_convertvector(w & 0xffu, Bytes); }
 
 static inline Floats widen_float16(Halves h) {
     Floats x;
@@ -145,6 +161,49 @@ static inline void store_exact(void* data, Floats x, int count = LANES) {
 template <DType TYPE>
 static inline void store(void* data, Floats x, int count = LANES) {
     store_exact<TYPE>(data, TYPE == DType::bfloat16 ? rounded<TYPE>(x) : x, count);
+}
+
+// Magnitudes are compared as integers, whose order is the numbers' and puts NaN last.
+static inline Ints larger_magnitude(Ints a, Floats x) {
+    const Ints b = Ints(x) & 0x7fffffff;
+    return a > b ? a : b;
+}
+
+static inline uint32_t largest_lane(Ints x) {
+    int32_t lane[LANES];
+    memcpy(lane, &x, sizeof(lane));
+    for (int width = LANES / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) {
+            lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+        }
+    }
+    return uint32_t(lane[0]);
+}
+
+// The low byte of each lane: e4m3, round to nearest, ties to even, for |x| <= 448; NaN stays NaN.
+static inline Words to_float8_e4m3(Floats x) {
+    const Words sign = Words(x) >> 24 & 0x80u;
+    const Words rest = Words(x) & 0x7fffffffu;
+    // Below 2^-6 (subnormal) adding 2^14 leaves multiples of 2^-9, rounded, in the last bits.
+    const Words tiny = Words(Floats(rest) + 16384.0f) - (Words{} + 0x46800000u);
+    const Words normal = (rest - (120u << 23) + 0x7ffffu + (rest >> 20 & 1u)) >> 20;
+    const Words magnitude = Floats(rest) < 0.015625f ? tiny : normal;
+    return sign | (x == x ? magnitude : Words{} + 0x7fu);
+}
+
+// The largest number of int8 or float8_e4m3 that is used.
+static inline float limit_of(DType type) { return type == DType::int8 ? 127.0f : 448.0f; }
+
+// The first `count` lanes in one of the two, no further from 0 than the limit; NaN is 0 in int8.
+static inline void store_quantised(DType type, void* data, Floats x, int count) {
+    const float limit = limit_of(type);
+    x = x > limit ? Floats{} + limit : x;
+    x = x < -limit ? Floats{} - limit : x;
+    // 1.5 * 2^23: the sum rounds half to even, and ends in the integer
+    const Words codes =
+        type == DType::int8 ? (x == x ? Words(x + 12582912.0f) : Words{}) : to_float8_e4m3(x);
+    const Bytes bytes = low_bytes(codes);
+    memcpy(data, &bytes, count);
 }
 
 // run(i, count) for 0..n in pieces of LANES, the last one shorter; in the others `count` is a

@@ -167,14 +167,14 @@ struct Lanes256 {
         }
     }
 
-    static constexpr int PREFETCH_BYTES = 2048;
+    static constexpr int AHEAD = 2048;
 };
 
 // For processors with vpdpbusd, whose intrinsic is `dpbusd`: it has one encoding in AVX-VNNI and
 // another in AVX-512.
 template <__m256i (*dpbusd)(__m256i sum, __m256i u, __m256i four)>
 struct VnniLanes : Lanes256 {
-    template <int BITS, int MT, int NT>
+    template <int BITS, bool STREAMS, int MT, int NT>
     static void dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x) {
         constexpr int QUADS = 8 / BITS;
 #pragma GCC unroll 8
@@ -182,7 +182,7 @@ struct VnniLanes : Lanes256 {
 #pragma GCC unroll 2
             for (int n = 0; n < NT; ++n) {
                 const uint8_t* from = w[n] + block * BLOCK_BYTES;
-                _mm_prefetch(reinterpret_cast<const char*>(from + PREFETCH_BYTES), _MM_HINT_T0);
+                __builtin_prefetch(from + AHEAD, 0, STREAMS ? 0 : 3);
                 const __m256i packed[2] = {bytes(from), bytes(from + 32)};
 #pragma GCC unroll 2
                 for (int i = 0; i < QUADS; ++i) {

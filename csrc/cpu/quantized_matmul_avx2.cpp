@@ -14,7 +14,7 @@ struct Lanes : Lanes256 {
 
     static __m256i widened(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
-    template <int BITS, int MT, int NT>
+    template <int BITS, bool, int MT, int NT>
     static void dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x) {
         for (int n = 0; n < NT; ++n) {
             for (int half = 0; half < 2; ++half) {

@@ -85,7 +85,7 @@ struct Lanes {
     // Few rows and one tile: a row's sum would be one chain of instructions that wait for each
     // other, so odd quads get a chain of their own. In int4 those are the high nibbles, left where
     // they are, 16 times too large.
-    template <int BITS, int MT>
+    template <int BITS, bool STREAMS, int MT>
     static void dot32(Int (&acc)[1][MT], const uint8_t* const (&w)[1], const int8_t* x) {
         const Int low = _mm512_set1_epi8(15);
         Int odd[MT];
@@ -93,7 +93,7 @@ struct Lanes {
 #pragma GCC unroll 8
         for (int block = 0; block < BITS; ++block) {
             const uint8_t* from = w[0] + block * BLOCK_BYTES;
-            _mm_prefetch(reinterpret_cast<const char*>(from + PREFETCH_BYTES), _MM_HINT_T0);
+            __builtin_prefetch(from + AHEAD, 0, STREAMS ? 0 : 3);
             Int u = _mm512_loadu_si512(from), high{};
             if (BITS == 4) {
                 asm("" : "+v"(u));  // else GCC loads it twice
@@ -116,7 +116,7 @@ struct Lanes {
         }
     }
 
-    template <int BITS, int MT, int NT>
+    template <int BITS, bool STREAMS, int MT, int NT>
     static void dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x) {
         constexpr int QUADS = 8 / BITS;  // in a block
         const Int low = _mm512_set1_epi8(15);
@@ -126,7 +126,7 @@ struct Lanes {
 #pragma GCC unroll 4
             for (int n = 0; n < NT; ++n) {
                 const uint8_t* from = w[n] + block * BLOCK_BYTES;
-                _mm_prefetch(reinterpret_cast<const char*>(from + PREFETCH_BYTES), _MM_HINT_T0);
+                __builtin_prefetch(from + AHEAD);
                 u[n][0] = _mm512_loadu_si512(from);
                 if (BITS == 4) {
                     u[n][QUADS - 1] = _mm512_and_si512(_mm512_srli_epi16(u[n][0], 4), low);
@@ -372,7 +372,7 @@ struct Lanes {
         }
     }
 
-    static constexpr int PREFETCH_BYTES = 4096;
+    static constexpr int AHEAD = 4096;
 };
 
 }  // namespace

@@ -11,8 +11,9 @@
 //   nearest(x)                          to the nearest integer, ties to even
 //   clamp_and_store(q, x)               -127 .. 127 as int8; returns them
 //   largest(x), total(x)                across lanes
-//   dot32<BITS>(acc, w, x)              acc[n][m] += 32 columns of tile n times row m of x, from
-//                                       x [8][MT][4]
+//   dot32<BITS, STREAMS>(acc, w, x)     acc[n][m] += 32 columns of tile n times row m of x, from
+//                                       x [8][MT][4]; if W streams, what it prefetches of it takes
+//                                       no room in L2 and L3
 //   unpack32<BITS>(w, z, out)           u - z of 32 columns of a tile, [32][16]
 //   BIAS<BITS>                          what dot32 takes off every u
 //   M_TILE                              rows of x that dot32 likes to take at once, at most
@@ -133,7 +134,7 @@ static void convert_rows(const QuantizedMatmul& problem, const Activations& a, i
 // ---- int8 activations
 
 // sums [MT][NT * 16] += chunks of x times NT tiles of W: for each chunk, step * its integer sum.
-template <int BITS, int MT, int NT>
+template <int BITS, bool STREAMS, int MT, int NT>
 __attribute__((always_inline)) static inline void add_chunks_here(
     const uint8_t* const (&w)[NT], const int8_t* x, const int32_t* offset, const float* step,
     int64_t columns, int64_t chunk, float* sums, Prefetch& prefetch) {
@@ -154,7 +155,7 @@ __attribute__((always_inline)) static inline void add_chunks_here(
             for (int n = 0; n < NT; ++n) acc[n][m] = start;
         }
         for (int64_t i = smaller(left, chunk); i > 0; i -= 32) {
-            Lanes::dot32<BITS>(acc, packed, x);
+            Lanes::dot32<BITS, STREAMS>(acc, packed, x);
             for (int n = 0; n < NT; ++n) packed[n] += 32 * TILE_ROWS * BITS / 8;
             x += 32 * MT;
         }
@@ -172,20 +173,23 @@ __attribute__((always_inline)) static inline void add_chunks_here(
 }
 
 // A single row's sums of a group stay in registers; for more it would be the wrong ones that do.
-template <int BITS, int MT, int NT>
+template <int BITS, bool STREAMS, int MT, int NT>
 static void add_chunks(const uint8_t* const (&w)[NT], const int8_t* x, const int32_t* offset,
                        const float* step, int64_t columns, int64_t chunk, float* sums,
                        Prefetch& prefetch) {
-    add_chunks_here<BITS, MT, NT>(w, x, offset, step, columns, chunk, sums, prefetch);
+    add_chunks_here<BITS, STREAMS, MT, NT>(w, x, offset, step, columns, chunk, sums, prefetch);
 }
 
 // c [MT][NT * 16] += columns k0 .. k1 of MT rows of x times NT tiles of W. GROUPED: the scale of W
 // is applied group by group; else there is one per row, for `finish_rows` to apply. `factors`: see
 // `load_factors`; for Lanes that work by hand.
-template <int BITS, bool GROUPED, int MT, int NT>
-static void multiply_tiles(const QuantizedWeight& w, const Activations& a, int64_t m0, int64_t tile,
-                           int64_t k0, int64_t k1, const float* factors, float* c,
-                           Prefetch& prefetch) {
+//
+// Not inlined: its loop needs the registers that callers would take.
+template <int BITS, bool GROUPED, bool STREAMS, int MT, int NT>
+__attribute__((noinline)) static void multiply_tiles(const QuantizedWeight& w, const Activations& a,
+                                                     int64_t m0, int64_t tile, int64_t k0,
+                                                     int64_t k1, const float* factors, float* c,
+                                                     Prefetch& prefetch) {
     const uint8_t* packed[NT];
     for (int n = 0; n < NT; ++n) {
         packed[n] = w.packed + ((tile + n) * w.k + k0) * (TILE_ROWS * BITS / 8);
@@ -194,7 +198,8 @@ static void multiply_tiles(const QuantizedWeight& w, const Activations& a, int64
     const float* step = a.step + m0 * a.n_chunks + k0 / a.chunk * MT;
     const int32_t* offset = a.offset + m0 * a.n_chunks + k0 / a.chunk * MT;
     if (!GROUPED) {
-        return add_chunks<BITS, MT, NT>(packed, x, offset, step, k1 - k0, a.chunk, c, prefetch);
+        return add_chunks<BITS, STREAMS, MT, NT>(packed, x, offset, step, k1 - k0, a.chunk, c,
+                                                 prefetch);
     }
     const int64_t n_groups = w.k / w.group_size, chunks = w.group_size / a.chunk;
     const float* total = a.total + m0 * n_groups + k0 / w.group_size * MT;
@@ -206,8 +211,8 @@ static void multiply_tiles(const QuantizedWeight& w, const Activations& a, int64
     for (int64_t group = k0 / w.group_size; group < k1 / w.group_size; ++group, total += MT) {
         alignas(64) float sums[MT * NT * TILE_ROWS];
         for (float& sum : sums) sum = 0.0f;
-        constexpr auto add =
-            MT * NT == 1 ? add_chunks_here<BITS, MT, NT> : add_chunks<BITS, MT, NT>;
+        constexpr auto add = MT * NT == 1 ? add_chunks_here<BITS, STREAMS, MT, NT>
+                                          : add_chunks<BITS, STREAMS, MT, NT>;
         add(packed, x, offset, step, w.group_size, a.chunk, sums, prefetch);
         for (int n = 0; n < NT; ++n) packed[n] += w.group_size * TILE_ROWS * BITS / 8;
         x += w.group_size * MT, step += chunks * MT, offset += chunks * MT;
@@ -268,7 +273,7 @@ static void load_factors(const QuantizedWeight& w, int64_t tile, int64_t k0, int
     }
 }
 
-template <int BITS, bool GROUPED, int NT>
+template <int BITS, bool GROUPED, bool STREAMS, int NT>
 static void multiply_rows(const QuantizedWeight& w, const Activations& a, int64_t m0, int64_t count,
                           int64_t tile, int64_t k0, int64_t k1, const float* factors, float* c,
                           Prefetch& prefetch) {
@@ -279,17 +284,17 @@ static void multiply_rows(const QuantizedWeight& w, const Activations& a, int64_
     constexpr int MOST = Lanes::M_TILE;  // others are not compiled
     switch (count) {
         case 1:
-            return rows(multiply_tiles<BITS, GROUPED, 1, NT>);
+            return rows(multiply_tiles<BITS, GROUPED, STREAMS, 1, NT>);
         case 2:
-            return rows(multiply_tiles < BITS, GROUPED, MOST < 2 ? 1 : 2, NT >);
+            return rows(multiply_tiles<BITS, GROUPED, STREAMS, (MOST < 2 ? 1 : 2), NT>);
         case 3:
-            return rows(multiply_tiles < BITS, GROUPED, MOST < 3 ? 1 : 3, NT >);
+            return rows(multiply_tiles<BITS, GROUPED, STREAMS, (MOST < 3 ? 1 : 3), NT>);
         case 4:
-            return rows(multiply_tiles < BITS, GROUPED, MOST < 4 ? 1 : 4, NT >);
+            return rows(multiply_tiles<BITS, GROUPED, STREAMS, (MOST < 4 ? 1 : 4), NT>);
         case 5:
-            return rows(multiply_tiles < BITS, GROUPED, MOST < 5 ? 1 : 5, NT >);
+            return rows(multiply_tiles<BITS, GROUPED, STREAMS, (MOST < 5 ? 1 : 5), NT>);
         default:
-            return rows(multiply_tiles < BITS, GROUPED, MOST < 6 ? 1 : 6, NT >);
+            return rows(multiply_tiles<BITS, GROUPED, STREAMS, (MOST < 6 ? 1 : 6), NT>);
     }
 }
 
@@ -303,7 +308,7 @@ static void ask_for_result(const QuantizedMatmul& problem, int64_t m0, int64_t r
     for (int64_t row = 0; row < rows; ++row, line += columns * item) __builtin_prefetch(line, 1);
 }
 
-template <int BITS, bool GROUPED, int NT>
+template <int BITS, bool GROUPED, bool STREAMS, int NT>
 static void multiply_panel(const QuantizedMatmul& problem, const Activations& a, const Part& part,
                            float* c) {
     const QuantizedWeight& w = problem.w;
@@ -325,18 +330,28 @@ static void multiply_panel(const QuantizedMatmul& problem, const Activations& a,
         for (int64_t run = first; run <= last; ++run) {
             const int64_t m0 = runs.start(run), rows = runs.start(run + 1) - m0;
             if (again && k1 == w.k) ask_for_result(problem, m0, rows, part.tile);
-            multiply_rows<BITS, GROUPED, NT>(w, a, m0, rows, part.tile, k, k1, factors,
-                                             c + (m0 - part.m0) * c_stride, prefetch);
+            multiply_rows<BITS, GROUPED, STREAMS, NT>(w, a, m0, rows, part.tile, k, k1, factors,
+                                                      c + (m0 - part.m0) * c_stride, prefetch);
         }
     }
     if (!GROUPED) finish_rows(w, part, c, a.total);
 }
 
+// A weight of so many bytes that is read once a call is not in cache at the next one: a model has
+// some hundred like it. Left in L2 and L3 it would only push out what the ops between two matrices
+// need. Without that an int4 matrix itself takes 6 % less time, and a decode step of GLM-4-9B 7 %
+// (two Zen 5 cores).
+constexpr int64_t STREAMED_BYTES = 6 << 20;
+
 template <int BITS, bool GROUPED>
 static void multiply_some(const QuantizedMatmul& problem, const Activations& a, const Part& part,
                           float* c) {
-    if (part.tiles == 2) return multiply_panel<BITS, GROUPED, 2>(problem, a, part, c);
-    return multiply_panel<BITS, GROUPED, 1>(problem, a, part, c);
+    const QuantizedWeight& w = problem.w;
+    if (part.tiles == 2) return multiply_panel<BITS, GROUPED, false, 2>(problem, a, part, c);
+    if (problem.m <= Lanes::FEW_ROWS && w.n * row_bytes(w) >= STREAMED_BYTES) {
+        return multiply_panel<BITS, GROUPED, true, 1>(problem, a, part, c);
+    }
+    multiply_panel<BITS, GROUPED, false, 1>(problem, a, part, c);
 }
 
 static void multiply(const QuantizedMatmul& problem, const Activations& a, const Part& part,

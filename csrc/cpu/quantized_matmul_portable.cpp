@@ -98,7 +98,7 @@ struct Lanes {
         return y;
     }
 
-    template <int BITS, int MT, int NT>
+    template <int BITS, bool, int MT, int NT>
     static void dot32(Int (&acc)[NT][MT], const uint8_t* const (&w)[NT], const int8_t* x) {
         constexpr int QUADS = 8 / BITS;  // in a block
         for (int n = 0; n < NT; ++n) {

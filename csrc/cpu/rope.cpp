@@ -96,7 +96,7 @@ const char* rope_cpu(Buffer q_out, Buffer k_out, Buffer q, Buffer k, Buffer posi
 const char* rope_kv_write_cpu(
     Buffer q_out, Buffer k_cache, Buffer v_cache, Buffer k_scale, Buffer v_scale, Buffer qkv,
     Buffer bias, Buffer positions, Buffer slots, Buffer table, int dtype, int table_dtype,
-    int cache_type, int position_bytes, int slot_bytes, int64_t n_tokens, int64_t n_heads,
+    int cache_dtype, int position_bytes, int slot_bytes, int64_t n_tokens, int64_t n_heads,
     int64_t stride_qkv, int64_t n_positions, int64_t rotary_dim, int64_t stride_table,
     const std::array<int64_t, 4>& cache_shape, const std::array<int64_t, 4>& cache_stride,
     const std::array<int64_t, 3>& scale_stride, int n_threads, const std::string& variant) {
@@ -109,14 +109,14 @@ const char* rope_kv_write_cpu(
     checks.size("n_pages", n_pages);
     checks.size("page_size", page_size);
     checks.require(page_size > 0, "page_size must be at least 1");
-    if (cache_type < 0 || cache_type > 2) {
-        checks.fail("unknown cache type " + std::to_string(cache_type));
-    }
+    const DType cache_type = DType(cache_dtype);
+    const bool quantised = cache_type == DType::int8 || cache_type == DType::float8_e4m3;
+    checks.require(quantised || cache_type == rope.dtype,
+                   "the cache must be of the dtype of qkv, int8 or float8_e4m3");
     checks.require(cache_stride[3] == 1, "the cache must be contiguous over D");
     checks.room<2>("qkv", qkv, {n_tokens, width}, {stride_qkv, 1}, item);
     checks.room<2>("q_out", q_out, {n_tokens, n_heads * d}, {n_heads * d, 1}, item);
     if (bias.first) checks.room<1>("bias", bias, {width}, {1}, item);
-    const bool quantised = CacheType(cache_type) != CacheType::same;
     for (Buffer pages : {k_cache, v_cache}) {
         checks.room<4>("cache", pages, {n_pages, n_kv_heads, page_size, d},
                        {cache_stride[0], cache_stride[1], cache_stride[2], 1},
@@ -136,7 +136,7 @@ const char* rope_kv_write_cpu(
     const Cache cache = {
         {at(k_cache), at(v_cache)},
         {reinterpret_cast<float*>(k_scale.first), reinterpret_cast<float*>(v_scale.first)},
-        CacheType(cache_type),
+        cache_type,
         page_size,
         cache_stride[0],
         cache_stride[1],

@@ -27,17 +27,11 @@ struct Heads {
     int64_t stride_token, stride_head;
 };
 
-enum class CacheType : int {
-    same = 0,
-    int8 = 1,
-    float8_e4m3 = 2
-};  // glm4_kernels/rope_kv_write.py
-
 // Pages of K and V, which lie alike: strides in values.
 struct Cache {
     char* data[2];
     float* scale[2];  // where quantised
-    CacheType type;
+    DType type;       // that of qkv, int8 or float8_e4m3
     int64_t page_size;
     int64_t stride_page, stride_head, stride_offset;
     int64_t scale_stride_page, scale_stride_head, scale_stride_offset;
@@ -71,7 +65,7 @@ const char* rope_cpu(Buffer q_out, Buffer k_out, Buffer q, Buffer k, Buffer posi
 const char* rope_kv_write_cpu(
     Buffer q_out, Buffer k_cache, Buffer v_cache, Buffer k_scale, Buffer v_scale, Buffer qkv,
     Buffer bias, Buffer positions, Buffer slots, Buffer table, int dtype, int table_dtype,
-    int cache_type, int position_bytes, int slot_bytes, int64_t n_tokens, int64_t n_heads,
+    int cache_dtype, int position_bytes, int slot_bytes, int64_t n_tokens, int64_t n_heads,
     int64_t stride_qkv, int64_t n_positions, int64_t rotary_dim, int64_t stride_table,
     const std::array<int64_t, 4>& cache_shape, const std::array<int64_t, 4>& cache_stride,
     const std::array<int64_t, 3>& scale_stride, int n_threads, const std::string& variant);

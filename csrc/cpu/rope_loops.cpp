@@ -76,43 +76,17 @@ static const char* with_bias(int64_t head_dim, const char* x, const char* bias, 
     return scratch;
 }
 
-// The low byte of each lane: e4m3, round to nearest, ties to even, for |x| <= 448; NaN stays NaN.
-static inline Words to_float8_e4m3(Floats x) {
-    const Words sign = Words(x) >> 24 & 0x80u;
-    const Words rest = Words(x) & 0x7fffffffu;
-    // Below 2^-6 (subnormal) adding 2^14 leaves multiples of 2^-9, rounded, in the last bits.
-    const Words tiny = Words(Floats(rest) + 16384.0f) - (Words{} + 0x46800000u);
-    const Words normal = (rest - (120u << 23) + 0x7ffffu + (rest >> 20 & 1u)) >> 20;
-    const Words magnitude = Floats(rest) < 0.015625f ? tiny : normal;
-    return sign | (x == x ? magnitude : Words{} + 0x7fu);
-}
-
 // x, quantised with one scale: scale = max|x| / limit, then x / scale, rounded.
 template <DType TYPE>
-static void quantise_head(const Cache& cache, int64_t n, const char* x, char* y, float* scale) {
-    const bool int8 = cache.type == CacheType::int8;
-    const float limit = int8 ? 127.0f : 448.0f;
-    uint32_t largest = 0;  // of |x| as an integer: its order is the numbers' and puts NaN last
+static void quantise_head(DType to, int64_t n, const char* x, char* y, float* scale) {
+    Ints largest = {};
     for_each_piece(n, [&](int64_t i, int count) {
-        uint32_t bits[LANES];
-        const Floats values = load<TYPE>(x + i * ITEM<TYPE>, count);
-        memcpy(bits, &values, sizeof(bits));
-        for (int lane = 0; lane < LANES; ++lane) {
-            const uint32_t magnitude = bits[lane] & 0x7fffffffu;
-            largest = magnitude > largest ? magnitude : largest;
-        }
+        largest = larger_magnitude(largest, load<TYPE>(x + i * ITEM<TYPE>, count));
     });
-    *scale = from_bits(largest) / limit;
+    *scale = from_bits(largest_lane(largest)) / limit_of(to);
     const float divisor = *scale > 0.0f ? *scale : 1.0f;
     for_each_piece(n, [&](int64_t i, int count) {
-        Floats q = load<TYPE>(x + i * ITEM<TYPE>, count) / divisor;
-        q = q > limit ? Floats{} + limit : q;
-        q = q < -limit ? Floats{} - limit : q;
-        // 1.5 * 2^23: the sum rounds half to even, and ends in the integer
-        const Words codes = int8 ? (q == q ? Words(q + 12582912.0f) : Words{}) : to_float8_e4m3(q);
-        uint32_t wide[LANES];
-        memcpy(wide, &codes, sizeof(wide));
-        for (int lane = 0; lane < count; ++lane) y[i + lane] = char(wide[lane]);
+        store_quantised(to, y + i, load<TYPE>(x + i * ITEM<TYPE>, count) / divisor, count);
     });
 }
 
@@ -122,13 +96,13 @@ static void write_head(const Rope& rope, int which, int64_t slot, int64_t head, 
     const int64_t page = slot / cache.page_size, offset = slot % cache.page_size;
     const int64_t at =
         page * cache.stride_page + head * cache.stride_head + offset * cache.stride_offset;
-    if (cache.type == CacheType::same) {
+    if (cache.type == TYPE) {
         memcpy(cache.data[which] + at * ITEM<TYPE>, x, rope.head_dim * ITEM<TYPE>);
         return;
     }
     float* scale = cache.scale[which] + page * cache.scale_stride_page +
                    head * cache.scale_stride_head + offset * cache.scale_stride_offset;
-    quantise_head<TYPE>(cache, rope.head_dim, x, cache.data[which] + at, scale);
+    quantise_head<TYPE>(cache.type, rope.head_dim, x, cache.data[which] + at, scale);
 }
 
 template <DType TYPE, DType TABLE>

@@ -1,0 +1,441 @@
+#include "direct.h"
+
+#include <algorithm>
+#include <array>
+#include <cfloat>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "cpu/norm.h"
+#include "cpu/rope.h"
+#include "cpu/swiglu.h"
+#include "flash_decode.h"
+#include "quantized_matmul.h"
+#include "tensor.h"
+
+namespace glm4 {
+
+namespace {
+
+// Thrown where None is returned, and where a Python error is set.
+struct Unfit {};
+struct PythonError {};
+
+void fits(bool condition) {
+    if (!condition) throw Unfit();
+}
+
+PyObject* checked(PyObject* result) {
+    if (!result) throw PythonError();
+    return result;
+}
+
+// ---- arguments
+
+Tensor tensor_of(PyObject* object) {
+    Tensor tensor;
+    fits(read_tensor(object, &tensor));
+    return tensor;
+}
+
+std::optional<Tensor> tensor_or_none(PyObject* object) {
+    if (object == Py_None) return std::nullopt;
+    return tensor_of(object);
+}
+
+Buffer buffer_of(const std::optional<Tensor>& tensor) {
+    return tensor ? tensor->buffer : Buffer{0, 0};
+}
+
+int64_t integer_of(PyObject* object) {
+    const int64_t value = PyLong_AsLongLong(object);
+    if (value == -1 && PyErr_Occurred()) throw PythonError();
+    return value;
+}
+
+double number_of(PyObject* object) {
+    const double value = PyFloat_AsDouble(object);
+    if (value == -1.0 && PyErr_Occurred()) throw PythonError();
+    return value;
+}
+
+std::string text_of(PyObject* object) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(object, &size);
+    if (!text) throw PythonError();
+    return {text, std::size_t(size)};
+}
+
+bool is_text(PyObject* object, const char* text) {
+    return PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, text) == 0;
+}
+
+int count_threads() {
+    PyObject* count = checked(PyObject_CallNoArgs(torch().get_num_threads));
+    const int64_t value = PyLong_AsLongLong(count);
+    Py_DECREF(count);
+    return int(value);
+}
+
+bool is_float(DType dtype) { return int(dtype) <= int(DType::float16); }
+bool is_index(DType dtype) { return dtype == DType::int32 || dtype == DType::int64; }
+bool is_quantised(DType dtype) { return dtype == DType::int8 || dtype == DType::float8_e4m3; }
+
+bool is_power_of_two(int64_t x) { return x > 0 && (x & (x - 1)) == 0; }
+
+// x [..., N], some of it, as rows that one stride describes.
+struct Rows {
+    int64_t n_rows, n_cols, stride;
+};
+
+Rows rows_of(const Tensor& x) {
+    fits(x.dims >= 1 && x.strides[x.dims - 1] == 1);
+    const int64_t n_cols = x.shape[x.dims - 1];
+    Rows rows = {1, n_cols, n_cols};
+    for (int i = x.dims - 2; i >= 0; --i) {
+        if (x.shape[i] == 1) continue;
+        if (rows.n_rows == 1) {
+            rows.stride = x.strides[i];
+        } else {
+            fits(x.strides[i] == rows.n_rows * rows.stride);
+        }
+        rows.n_rows *= x.shape[i];
+    }
+    fits(rows.n_rows > 0 && rows.n_cols > 0);
+    return rows;
+}
+
+// The shape of x with another number of columns.
+std::array<int64_t, MAX_DIMS> with_columns(const Tensor& x, int64_t n_cols) {
+    fits(1 <= x.dims && x.dims <= MAX_DIMS);
+    std::array<int64_t, MAX_DIMS> shape = {};
+    std::copy(x.shape, x.shape + x.dims, shape.begin());
+    shape[x.dims - 1] = n_cols;
+    return shape;
+}
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+    bool same = a.dims == b.dims;
+    for (int i = 0; same && i < a.dims; ++i) same = a.shape[i] == b.shape[i];
+    return same;
+}
+
+// What is written: laid out like its K sibling, with no two equal addresses.
+bool is_written_like(const Tensor& x, const Tensor& like) {
+    bool good = same_shape(x, like) && x.dtype == like.dtype;
+    for (int i = 0; good && i < x.dims; ++i) {
+        good = x.strides[i] == like.strides[i] && (x.strides[i] != 0 || x.shape[i] <= 1);
+    }
+    return good;
+}
+
+// ---- results
+
+// Owns a reference.
+class Object {
+  public:
+    explicit Object(PyObject* object = nullptr) : object_(object) {}
+    Object(Object&& other) : object_(other.release()) {}
+    Object& operator=(Object&& other) {
+        std::swap(object_, other.object_);
+        return *this;
+    }
+    ~Object() { Py_XDECREF(object_); }
+    PyObject* get() const { return object_; }
+    PyObject* release() {
+        PyObject* object = object_;
+        object_ = nullptr;
+        return object;
+    }
+
+  private:
+    PyObject* object_;
+};
+
+// x.new_empty(shape, dtype=dtype); its own dtype by default.
+Object new_empty(PyObject* x, const int64_t* shape, int dims, PyObject* dtype = nullptr) {
+    static PyObject* const name = PyUnicode_InternFromString("new_empty");
+    static PyObject* const keywords = Py_BuildValue("(s)", "dtype");
+    fits(dims <= MAX_DIMS);
+    PyObject* arguments[2 + MAX_DIMS] = {x};
+    for (int i = 0; i < dims; ++i) arguments[1 + i] = PyLong_FromLongLong(shape[i]);
+    arguments[1 + dims] = dtype;
+    PyObject* made = PyObject_VectorcallMethod(name, arguments, std::size_t(1 + dims),
+                                               dtype ? keywords : nullptr);
+    for (int i = 0; i < dims; ++i) Py_DECREF(arguments[1 + i]);
+    return Object(checked(made));
+}
+
+// Contiguous and like x, in the cheapest way.
+Object empty_like(PyObject* x, const Tensor& tensor) {
+    if (!tensor.is_contiguous()) return new_empty(x, tensor.shape, tensor.dims);
+    return Object(checked(PyObject_CallOneArg(torch().empty_like, x)));
+}
+
+PyObject* tuple_of(Object a, Object b, Object c = Object()) {
+    PyObject* tuple = checked(PyTuple_New(c.get() ? 3 : 2));
+    PyTuple_SET_ITEM(tuple, 0, a.release());
+    PyTuple_SET_ITEM(tuple, 1, b.release());
+    if (c.get()) PyTuple_SET_ITEM(tuple, 2, c.release());
+    return tuple;
+}
+
+class WithoutGil {
+  public:
+    WithoutGil() : state_(PyEval_SaveThread()) {}
+    ~WithoutGil() { PyEval_RestoreThread(state_); }
+
+  private:
+    PyThreadState* state_;
+};
+
+// A method that takes N arguments.
+template <int N, PyObject* (*CALL)(PyObject* const*)>
+PyObject* method(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    if (count != N) {
+        return PyErr_Format(PyExc_TypeError, "it takes %d arguments, got %zd", N, count);
+    }
+    try {
+        return CALL(arguments);
+    } catch (const PythonError&) {
+        return nullptr;
+    } catch (const Unfit&) {
+    } catch (const std::invalid_argument&) {  // Python has better words
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+    Py_RETURN_NONE;
+}
+
+// ---- ops
+
+// x, residual | None, post_weight | None, weight, eps, dtype | None, group_size | None,
+// rounding, variant -> y, or (q, scale) where there is a dtype; then residual', where there is
+// a residual.
+PyObject* norm(PyObject* const* args) {
+    const Tensor x = tensor_of(args[0]), weight = tensor_of(args[3]);
+    const auto residual = tensor_or_none(args[1]), post_weight = tensor_or_none(args[2]);
+    PyObject *const dtype = args[5], *const group_size = args[6];
+    const Rows rows = rows_of(x);
+    constexpr int64_t MAX_COLS = 32768;
+    fits(is_float(x.dtype) && rows.n_cols <= MAX_COLS);
+    for (const Tensor* w : {&weight, post_weight ? &*post_weight : &weight}) {
+        fits(w->has_shape(rows.n_cols) && w->strides[0] == 1 && w->dtype == x.dtype);
+    }
+    Rows residual_rows = {};
+    if (residual) {
+        fits(same_shape(*residual, x) && residual->dtype == x.dtype);
+        residual_rows = rows_of(*residual);
+    }
+    const double eps = number_of(args[4]);
+    fits(eps >= 0.0);
+
+    Object y, scale, residual_out;
+    NormArguments a = {};
+    if (dtype == Py_None) {
+        y = empty_like(args[0], x);
+    } else {
+        a.group = group_size == Py_None ? rows.n_cols : integer_of(group_size);
+        fits(group_size == Py_None || a.group == 32 || a.group == 64 || a.group == 128);
+        fits(rows.n_cols % a.group == 0);
+        y = new_empty(args[0], x.shape, x.dims, dtype);
+        scale = new_empty(args[0], with_columns(x, rows.n_cols / a.group).data(), x.dims,
+                          torch().float32);
+        a.scale = tensor_of(scale.get()).buffer;
+    }
+    const Tensor result = tensor_of(y.get());
+    fits(dtype == Py_None || is_quantised(result.dtype));
+    if (residual) {
+        residual_out = empty_like(args[0], x);
+        a.residual_out = tensor_of(residual_out.get()).buffer;
+    }
+    a.y = result.buffer, a.x = x.buffer, a.weight = weight.buffer;
+    a.residual = buffer_of(residual), a.post_weight = buffer_of(post_weight);
+    a.dtype = int(x.dtype), a.y_dtype = int(result.dtype);
+    a.rounds_as_hf = is_text(args[7], "hf");
+    fits(a.rounds_as_hf || is_text(args[7], "fp32"));
+    a.n_rows = rows.n_rows, a.n_cols = rows.n_cols;
+    a.stride_x = rows.stride, a.stride_residual = residual_rows.stride;
+    a.eps = eps;
+    const std::string variant = text_of(args[8]);
+    const int n_threads = count_threads();
+    {
+        WithoutGil without_gil;
+        norm_cpu(a, n_threads, variant);
+    }
+    if (!scale.get() && !residual) return y.release();
+    if (!scale.get()) return tuple_of(std::move(y), std::move(residual_out));
+    return tuple_of(std::move(y), std::move(scale), std::move(residual_out));
+}
+
+// gate_up, rounding, variant -> y
+PyObject* swiglu(PyObject* const* args) {
+    const Tensor gate_up = tensor_of(args[0]);
+    fits(is_text(args[1], "hf"));
+    const Rows rows = rows_of(gate_up);
+    fits(is_float(gate_up.dtype) && rows.n_cols % 2 == 0);
+    Object y = new_empty(args[0], with_columns(gate_up, rows.n_cols / 2).data(), gate_up.dims);
+    const Buffer result = tensor_of(y.get()).buffer;
+    const std::string variant = text_of(args[2]);
+    const int n_threads = count_threads();
+    {
+        WithoutGil without_gil;
+        swiglu_cpu(result, gate_up.buffer, int(gate_up.dtype), rows.n_rows, rows.n_cols / 2,
+                   rows.stride, n_threads, variant);
+    }
+    return y.release();
+}
+
+// qkv, positions, table, k_cache, v_cache, slots, n_heads, bias | None, k_scale | None,
+// v_scale | None, variant -> q
+PyObject* rope_kv_write(PyObject* const* args) {
+    const Tensor qkv = tensor_of(args[0]), positions = tensor_of(args[1]);
+    const Tensor table = tensor_of(args[2]), slots = tensor_of(args[5]);
+    const Tensor k = tensor_of(args[3]), v = tensor_of(args[4]);
+    const int64_t n_heads = integer_of(args[6]);
+    const auto bias = tensor_or_none(args[7]);
+    const auto k_scale = tensor_or_none(args[8]), v_scale = tensor_or_none(args[9]);
+
+    fits(qkv.dims == 2 && is_float(qkv.dtype) && qkv.strides[1] == 1 && k.dims == 4);
+    const int64_t n_tokens = qkv.shape[0], n_kv_heads = k.shape[1], head_dim = k.shape[3];
+    fits(n_heads >= 1 && n_heads < int64_t(1) << 31 && n_kv_heads >= 1);
+    fits(is_power_of_two(k.shape[2]) && k.strides[3] == 1);
+    fits(qkv.shape[1] == (n_heads + 2 * n_kv_heads) * head_dim);
+    for (const Tensor* index : {&positions, &slots}) {
+        fits(index->has_shape(n_tokens) && is_index(index->dtype) && index->is_contiguous());
+    }
+    fits(table.dims == 2 && table.strides[1] == 1);
+    fits(table.dtype == qkv.dtype || table.dtype == DType::float32);
+    if (bias) {
+        fits(bias->has_shape(qkv.shape[1]) && bias->dtype == qkv.dtype && bias->is_contiguous());
+    }
+    fits(k.dtype == qkv.dtype || is_quantised(k.dtype));
+    fits(is_written_like(k, k) && is_written_like(v, k));
+    fits(bool(k_scale) == is_quantised(k.dtype) && bool(v_scale) == is_quantised(k.dtype));
+    std::array<int64_t, 3> scale_strides = {};
+    if (k_scale) {
+        fits(k_scale->has_shape(k.shape[0], k.shape[1], k.shape[2]));
+        fits(k_scale->dtype == DType::float32 && is_written_like(*k_scale, *k_scale));
+        fits(is_written_like(*v_scale, *k_scale));
+        std::copy(k_scale->strides, k_scale->strides + 3, scale_strides.begin());
+    }
+
+    const int64_t shape[] = {n_tokens, n_heads, head_dim};
+    Object q = new_empty(args[0], shape, 3);
+    const Buffer result = tensor_of(q.get()).buffer;
+    const std::string variant = text_of(args[10]);
+    const int n_threads = count_threads();
+    const char* wrong;
+    {
+        WithoutGil without_gil;
+        wrong = rope_kv_write_cpu(
+            result, k.buffer, v.buffer, buffer_of(k_scale), buffer_of(v_scale), qkv.buffer,
+            buffer_of(bias), positions.buffer, slots.buffer, table.buffer, int(qkv.dtype),
+            int(table.dtype), int(k.dtype), int(size_of(positions.dtype)),
+            int(size_of(slots.dtype)), n_tokens, n_heads, qkv.strides[0], table.shape[0],
+            table.shape[1], table.strides[0], {k.shape[0], k.shape[1], k.shape[2], head_dim},
+            {k.strides[0], k.strides[1], k.strides[2], 1}, scale_strides, n_threads, variant);
+    }
+    fits(!wrong);
+    return q.release();
+}
+
+// q, k_cache, v_cache, block_table, seq_lens, scale, k_scale | None, v_scale | None, variant
+// -> (out, lse)
+PyObject* flash_decode(PyObject* const* args) {
+    const Tensor q = tensor_of(args[0]), k = tensor_of(args[1]), v = tensor_of(args[2]);
+    const Tensor block_table = tensor_of(args[3]), seq_lens = tensor_of(args[4]);
+    const double scale = number_of(args[5]);
+    const auto k_scale = tensor_or_none(args[6]), v_scale = tensor_or_none(args[7]);
+
+    fits((q.dims == 3 || q.dims == 4) && is_float(q.dtype) && k.dims == 4);
+    const bool one_query = q.dims == 3;
+    const int64_t batch = q.shape[0], n_heads = q.shape[q.dims - 2], d = q.shape[q.dims - 1];
+    const int64_t n_queries = one_query ? 1 : q.shape[1];
+    fits(batch > 0 && q.strides[q.dims - 1] == 1 && k.shape[3] == d);
+    fits(k.dtype == q.dtype || is_quantised(k.dtype));
+    fits(same_shape(v, k) && v.dtype == k.dtype && k.strides[3] == 1 && v.strides[3] == 1);
+    fits(block_table.dims == 2 && block_table.shape[0] == batch);
+    fits(block_table.dtype == DType::int32 && block_table.strides[1] == 1);
+    fits(seq_lens.has_shape(batch) && seq_lens.dtype == DType::int32);
+    fits(seq_lens.is_contiguous() && 0.0 < scale && scale <= DBL_MAX);
+    for (const auto& cache_scale : {k_scale, v_scale}) {
+        fits(bool(cache_scale) == is_quantised(k.dtype));
+        if (!cache_scale) continue;
+        fits(cache_scale->has_shape(k.shape[0], k.shape[1], k.shape[2]));
+        fits(cache_scale->dtype == DType::float32 && cache_scale->strides[2] == 1);
+    }
+
+    const int64_t zeros[2] = {};
+    const int64_t* k_scales = k_scale ? k_scale->strides : zeros;
+    const int64_t* v_scales = v_scale ? v_scale->strides : zeros;
+    const int format = k.dtype == DType::int8          ? int(CacheFormat::int8)
+                       : k.dtype == DType::float8_e4m3 ? int(CacheFormat::float8_e4m3)
+                                                       : int(CacheFormat::as_q);
+    Object out = empty_like(args[0], q);
+    Object lse = new_empty(args[0], q.shape, q.dims - 1, torch().float32);
+    const Buffer out_buffer = tensor_of(out.get()).buffer, lse_buffer = tensor_of(lse.get()).buffer;
+    const std::string variant = text_of(args[8]);
+    const int n_threads = count_threads();
+    {
+        WithoutGil without_gil;
+        flash_decode_cpu(
+            checked_flash_decode(
+                out_buffer, lse_buffer, q.buffer, k.buffer, v.buffer, block_table.buffer,
+                seq_lens.buffer, buffer_of(k_scale), buffer_of(v_scale), int(q.dtype), format,
+                float(scale),
+                {batch, n_queries, n_heads, d, k.shape[0], k.shape[1], k.shape[2],
+                 block_table.shape[1]},
+                {q.strides[0], one_query ? 0 : q.strides[1], q.strides[q.dims - 2], k.strides[0],
+                 k.strides[1], k.strides[2], v.strides[0], v.strides[1], v.strides[2], k_scales[0],
+                 k_scales[1], v_scales[0], v_scales[1], block_table.strides[0]}),
+            n_threads, variant);
+    }
+    return tuple_of(std::move(out), std::move(lse));
+}
+
+// x, packed, scale, zero_point | None, bias | None, n, bits, group_size | None, activation_group,
+// swiglu -> y
+PyObject* quantized_matmul(PyObject* const* args) {
+    const Tensor x = tensor_of(args[0]), packed = tensor_of(args[1]), scale = tensor_of(args[2]);
+    const auto zero_point = tensor_or_none(args[3]), bias = tensor_or_none(args[4]);
+    std::optional<int64_t> group_size;
+    if (args[7] != Py_None) group_size = integer_of(args[7]);
+    const int64_t n = integer_of(args[5]), bits = integer_of(args[6]);
+    const int64_t activation_group = integer_of(args[8]);
+    const bool swiglu = integer_of(args[9]) != 0;
+    Arguments arguments{};
+    fits(arguments_of(x, packed, scale, zero_point ? &*zero_point : nullptr,
+                      bias ? &*bias : nullptr, n, bits, group_size, swiglu, &arguments));
+
+    Object y = new_empty(args[0], with_columns(x, swiglu ? n / 2 : n).data(), x.dims);
+    arguments.y = tensor_of(y.get()).buffer;
+    const int n_threads = count_threads();
+    {
+        WithoutGil without_gil;
+        quantized_matmul_cpu(checked_quantized_matmul(arguments, Layout::tiles, swiglu),
+                             activation_group, n_threads, "");
+    }
+    return y.release();
+}
+
+template <int N, PyObject* (*CALL)(PyObject* const*)>
+constexpr PyMethodDef direct(const char* name) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method<N, CALL>)),
+            METH_FASTCALL, nullptr};
+}
+
+}  // namespace
+
+PyMethodDef DIRECT_CALLS[] = {
+    direct<9, norm>("norm"),
+    direct<3, swiglu>("swiglu"),
+    direct<11, rope_kv_write>("rope_kv_write"),
+    direct<9, flash_decode>("flash_decode"),
+    direct<10, quantized_matmul>("quantized_matmul"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace glm4
