@@ -42,7 +42,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("build_info", build_info);
 
     module.def("learn_torch", [](py::module torch) { glm4::learn_torch(torch.ptr()); });
-    if (PyModule_AddFunctions(module.ptr(), glm4::DIRECT_CALLS) != 0) throw py::error_already_set();
+    module.def("direct_call", [](const std::string& op, py::function otherwise) {
+        return py::reinterpret_steal<py::object>(glm4::direct_call(op, otherwise.ptr()));
+    });
 
     const py::call_guard<py::gil_scoped_release> no_gil;
     module.def("decode_advance_cpu", glm4::decode_advance_cpu, no_gil);

@@ -20,8 +20,9 @@ struct QuantizedMatmul {
     bool swiglu;
 };
 
-// Activations that share a scale, at most.
-constexpr int MAX_CHUNK = 128;
+// Activations that may share a scale, and that do so by default (the constant of
+// glm4_kernels/quantized_matmul.py).
+constexpr int MAX_CHUNK = 128, ACTIVATION_GROUP = 64;
 
 enum class Layout { tiles, rows };
 

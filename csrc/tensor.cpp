@@ -58,6 +58,7 @@ void learn_torch(PyObject* torch) {
     Py_XDECREF(capsule);  // the class keeps it
     learnt = {PyObject_GetAttrString(torch, "empty_like"),
               PyObject_GetAttrString(torch, "get_num_threads"),
+              PyObject_GetAttrString(torch, "is_grad_enabled"),
               PyObject_GetAttrString(torch, "float32")};
     PyErr_Clear();
     tensor_type = reinterpret_cast<PyTypeObject*>(tensor_class);

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from glm4_kernels.dependent_launch import dependent, issue_loads, wait_for_producers
-from glm4_kernels.extension import HAS_EXTENSION, extension
+from glm4_kernels.extension import HAS_EXTENSION
 from glm4_kernels.library import as_rows, bad_type, bad_value, register_op
 from glm4_kernels.quantize_rows import check_quantize_rows, empty_quantized, quantize_rows
 from glm4_kernels.rms_norm import (
     check_rms_norm,
-    norm_by_address,
+    norm_cpu,
     normalised,
     rms_normalise,
     row_tiles,
@@ -165,15 +165,9 @@ def add_rms_norm_cpu(
     eps: float,
     rounding: Rounding = "hf",
     variant: str = "",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
-    arguments = (x, residual, None, weight, eps, None, None, rounding, variant)
-    outputs: tuple[Tensor, Tensor] | None = extension().norm(*arguments)
-    if outputs is None:
-        check_add_rms_norm(x, residual, weight, eps, rounding)
-        y, residual_out = norm_by_address(*arguments)
-        outputs = y, residual_out
-    return outputs
+    return norm_cpu(x, residual, None, weight, eps, None, None, rounding, variant)
 
 
 def add_rms_norm_quantized_cpu(
@@ -185,15 +179,9 @@ def add_rms_norm_quantized_cpu(
     group_size: int | None = None,
     rounding: Rounding = "hf",
     variant: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
-    arguments = (x, residual, None, weight, eps, dtype, group_size, rounding, variant)
-    outputs: tuple[Tensor, Tensor, Tensor] | None = extension().norm(*arguments)
-    if outputs is None:
-        check_add_rms_norm_quantized(x, residual, weight, eps, dtype, group_size, rounding)
-        y, scale, residual_out = norm_by_address(*arguments)
-        outputs = y, scale, residual_out
-    return outputs
+    return norm_cpu(x, residual, None, weight, eps, dtype, group_size, rounding, variant)
 
 
 def check_add_rms_norm(
@@ -238,7 +226,6 @@ _add_rms_norm = register_op(
     reference=add_rms_norm_reference,
     launch=launch_add_rms_norm,
     cpu=add_rms_norm_cpu if HAS_EXTENSION else None,
-    cpu_checks=True,
     fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
 
@@ -249,7 +236,6 @@ _add_rms_norm_quantized = register_op(
     reference=add_rms_norm_quantized_reference,
     launch=launch_add_rms_norm_quantized,
     cpu=add_rms_norm_quantized_cpu if HAS_EXTENSION else None,
-    cpu_checks=True,
     fake=lambda x, residual, weight, eps, dtype, group_size=None, *_: (
         *empty_quantized(x, dtype, group_size),
         x.new_empty(x.shape),

@@ -7,6 +7,7 @@ without it; the ops that need it then say how to build it.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +42,12 @@ def extension() -> ModuleType:
     if _C is None:
         raise RuntimeError(f"glm4_kernels was not built: run pip install -e . ({_missing})")
     return _C
+
+
+def direct_call(op: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """An op on CPU tensors as one call of C++, which checks them too, where there is one; it goes
+    `otherwise` for what does not fit."""
+    return otherwise if _C is None else _C.direct_call(op, otherwise)
 
 
 def cuda_extension() -> ModuleType:

@@ -552,12 +552,6 @@ def flash_decode_cpu(
     """The C++ kernel, which checks lengths and page ids itself. It shares out the keys itself too,
     each sequence by its own length, so that `schedule` and `batch_invariant` change nothing.
     `variant`: its inner loops, of build_info()["flash_decode_variants"]; the best by default."""
-    arguments = (q, k_cache, v_cache, block_table, seq_lens, scale, k_scale, v_scale)
-    if schedule is None:
-        given: tuple[Tensor, Tensor] | None = extension().flash_decode(*arguments, variant)
-        if given is not None:
-            return given
-    check_flash_decode(*arguments, schedule, batch_invariant)
     rows = q if q.dim() == 4 else q.unsqueeze(1)  # [B, Q, H, D]
     rows = rows if rows.stride(3) == 1 else rows.contiguous()
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
@@ -719,7 +713,6 @@ _flash_decode = register_op(
     reference=flash_decode_reference,
     launch=launch_flash_decode,
     cpu=flash_decode_cpu if HAS_EXTENSION else None,
-    cpu_checks=True,
     fake=fake_flash_decode,
 )
 

@@ -2,7 +2,7 @@
 
 Every op module calls `register_op` once. The dispatcher then runs, behind the same check,
 
-    CPU, other devices   reference (or `cpu`, a compiled kernel)
+    CPU, other devices   reference (or `cpu`, a compiled kernel, called from C++ where it can be)
     CUDA                 launch    (the Triton or CUDA kernel)
     tracing              fake      (shapes and dtypes only)
 
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm4_kernels.extension import direct_call
 from glm4_kernels.triton_import import HAS_TRITON
 
 LIBRARY = torch.library.Library("glm4_kernels", "DEF")
@@ -64,7 +65,6 @@ def register_op(
     fake: Callable[..., Any],
     check_values: Callable[..., None] | None = None,
     cpu: Callable[..., Any] | None = None,
-    cpu_checks: bool = False,
     launch_needs_triton: bool = True,
 ) -> Callable[..., Any]:
     """Defines `torch.ops.glm4_kernels.<name>` and returns its callable overload.
@@ -79,8 +79,7 @@ def register_op(
         fake: allocates the outputs and computes nothing.
         check_values: raises on values out of range; called before `reference` on CPU, where reading
             data costs no synchronisation (on CUDA the kernel masks them and sets its error flag).
-        cpu: a compiled CPU implementation, where there is one; it checks values itself, and with
-            `cpu_checks` all else: it calls `check` itself when it has something to say.
+        cpu: a compiled CPU implementation, where there is one; it checks values itself.
         launch_needs_triton: false for CUDA kernels of the C++ extension.
     """
     name = schema.split("(", 1)[0]
@@ -116,13 +115,10 @@ def register_op(
     if cpu is not None:
 
         def run_cpu(*args: Any) -> Any:
-            if torch.is_grad_enabled():
-                refuse_grad(args)
-            if not cpu_checks:
-                check(*args)
+            admit(args)
             return cpu(*args)
 
-        LIBRARY.impl(name, run_cpu, "CPU")
+        LIBRARY.impl(name, direct_call(name, run_cpu), "CPU")
 
     if launch is not None and (HAS_TRITON or not launch_needs_triton):
 

@@ -230,31 +230,6 @@ def check_memory(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
         raise bad_value(op, name, "contiguous", f"strides {list(tensor.stride())}")
 
 
-def quantized_matmul_cpu(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    n: int,
-    bits: int,
-    group_size: int | None,
-    int8_activations: bool,
-    swiglu: bool,
-) -> Tensor:
-    """The C++ kernel. What needs no copy goes there as it is and is checked there, which is faster;
-    the rest is checked in words here."""
-    y: Tensor | None = extension().quantized_matmul(
-        *(x, packed, scale, zero_point, bias, n, bits, group_size),
-        *(ACTIVATION_GROUP if int8_activations else 0, swiglu),
-    )
-    if y is None:
-        arguments = (x, packed, scale, zero_point, bias, n, bits, group_size, int8_activations)
-        check_quantized_matmul(*arguments, swiglu)
-        y = launch_quantized_matmul(*arguments, swiglu)
-    return y
-
-
 _quantized_matmul = register_op(
     "quantized_matmul(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, "
     "int n, int bits, int? group_size, bool int8_activations, bool swiglu) -> Tensor",
@@ -262,8 +237,7 @@ _quantized_matmul = register_op(
     reference=quantized_matmul_reference,
     launch=launch_quantized_matmul,
     launch_needs_triton=False,
-    cpu=quantized_matmul_cpu,
-    cpu_checks=True,
+    cpu=launch_quantized_matmul,
     fake=lambda x, _packed, _scale, _zero_point, _bias, n, _bits, _group_size, _int8, swiglu: (
         x.new_empty((*x.shape[:-1], n // 2 if swiglu else n))
     ),

@@ -186,12 +186,7 @@ def rms_norm_cpu(
     x: Tensor, weight: Tensor, eps: float, rounding: Rounding = "hf", variant: str = ""
 ) -> Tensor:
     """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
-    arguments = (x, None, None, weight, eps, None, None, rounding, variant)
-    y: Tensor | None = extension().norm(*arguments)
-    if y is None:
-        check_rms_norm(x, weight, eps, rounding)
-        (y,) = norm_by_address(*arguments)
-    return y
+    return norm_cpu(x, None, None, weight, eps, None, None, rounding, variant)[0]
 
 
 def rms_norm_quantized_cpu(
@@ -202,18 +197,12 @@ def rms_norm_quantized_cpu(
     group_size: int | None = None,
     rounding: Rounding = "hf",
     variant: str = "",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
-    arguments = (x, None, None, weight, eps, dtype, group_size, rounding, variant)
-    outputs: tuple[Tensor, Tensor] | None = extension().norm(*arguments)
-    if outputs is None:
-        check_rms_norm_quantized(x, weight, eps, dtype, group_size, rounding)
-        y, scale = norm_by_address(*arguments)
-        outputs = y, scale
-    return outputs
+    return norm_cpu(x, None, None, weight, eps, dtype, group_size, rounding, variant)
 
 
-def norm_by_address(
+def norm_cpu(
     x: Tensor,
     residual: Tensor | None,
     post_weight: Tensor | None,
@@ -223,9 +212,9 @@ def norm_by_address(
     group_size: int | None,
     rounding: Rounding,
     variant: str,
-) -> list[Tensor]:
-    """What extension().norm gives, for tensors that it leaves to Python: copied where they must
-    be."""
+) -> tuple[Tensor, ...]:
+    """The C++ kernel of all the norms: y, or with a dtype q and its scale; then residual', where
+    there is a residual."""
     n_cols = x.shape[-1]
     rows, stride = strided_rows(x)
     weights = [None if w is None else w.contiguous() for w in (post_weight, weight)]
@@ -248,7 +237,7 @@ def norm_by_address(
         torch.get_num_threads(),
         variant,
     )
-    return [output for output in (y, scale, residual_out) if output is not None]
+    return tuple(output for output in (y, scale, residual_out) if output is not None)
 
 
 def check_rms_norm(
@@ -296,7 +285,6 @@ _rms_norm = register_op(
     reference=rms_norm_reference,
     launch=launch_rms_norm,
     cpu=rms_norm_cpu if HAS_EXTENSION else None,
-    cpu_checks=True,
     fake=lambda x, *_: x.new_empty(x.shape),
 )
 
@@ -307,7 +295,6 @@ _rms_norm_quantized = register_op(
     reference=rms_norm_quantized_reference,
     launch=launch_rms_norm_quantized,
     cpu=rms_norm_quantized_cpu if HAS_EXTENSION else None,
-    cpu_checks=True,
     fake=lambda x, weight, eps, dtype, group_size=None, *_: empty_quantized(x, dtype, group_size),
 )
 

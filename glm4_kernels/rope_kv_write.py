@@ -276,11 +276,6 @@ def rope_kv_write_cpu(
     variant: str = "",
 ) -> Tensor:
     """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
-    arguments = (qkv, positions, table, k_cache, v_cache, slots, n_heads, bias, k_scale, v_scale)
-    given: Tensor | None = extension().rope_kv_write(*arguments, variant)
-    if given is not None:
-        return given
-    check_rope_kv_write(*arguments)
     n_tokens = qkv.shape[0]
     cache_shape = k_cache.shape
     q = torch.empty((n_tokens, n_heads, cache_shape[3]), dtype=qkv.dtype)
@@ -448,7 +443,6 @@ _rope_kv_write = register_op(
     reference=rope_kv_write_reference,
     launch=launch_rope_kv_write,
     cpu=rope_kv_write_cpu if HAS_EXTENSION else None,
-    cpu_checks=True,
     fake=fake_rope_kv_write,
 )
 

@@ -27,12 +27,12 @@ from glm4_kernels.add_rms_norm import (
     check_residual,
 )
 from glm4_kernels.dependent_launch import dependent, issue_loads, wait_for_producers
-from glm4_kernels.extension import HAS_EXTENSION, extension
+from glm4_kernels.extension import HAS_EXTENSION
 from glm4_kernels.library import as_rows, register_op
 from glm4_kernels.quantize_rows import check_quantize_rows, empty_quantized
 from glm4_kernels.rms_norm import (
     check_rms_norm,
-    norm_by_address,
+    norm_cpu,
     normalised,
     rms_normalise,
     row_tiles,
@@ -185,15 +185,9 @@ def sandwich_norm_cpu(
     eps: float,
     rounding: Rounding = "hf",
     variant: str = "",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
-    arguments = (x, residual, post_weight, pre_weight, eps, None, None, rounding, variant)
-    outputs: tuple[Tensor, Tensor] | None = extension().norm(*arguments)
-    if outputs is None:
-        check_sandwich_norm(x, residual, post_weight, pre_weight, eps, rounding)
-        y, residual_out = norm_by_address(*arguments)
-        outputs = y, residual_out
-    return outputs
+    return norm_cpu(x, residual, post_weight, pre_weight, eps, None, None, rounding, variant)
 
 
 def sandwich_norm_quantized_cpu(
@@ -206,15 +200,10 @@ def sandwich_norm_quantized_cpu(
     group_size: int | None = None,
     rounding: Rounding = "hf",
     variant: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
-    arguments = (x, residual, post_weight, pre_weight, eps, dtype, group_size, rounding, variant)
-    outputs: tuple[Tensor, Tensor, Tensor] | None = extension().norm(*arguments)
-    if outputs is None:
-        check_sandwich_norm_quantized(*arguments[:-1])
-        y, scale, residual_out = norm_by_address(*arguments)
-        outputs = y, scale, residual_out
-    return outputs
+    norms = (post_weight, pre_weight, eps)
+    return norm_cpu(x, residual, *norms, dtype, group_size, rounding, variant)
 
 
 def check_sandwich_norm(
@@ -253,7 +242,6 @@ _sandwich_norm = register_op(
     reference=sandwich_norm_reference,
     launch=launch_sandwich_norm,
     cpu=sandwich_norm_cpu if HAS_EXTENSION else None,
-    cpu_checks=True,
     fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
 
@@ -265,7 +253,6 @@ _sandwich_norm_quantized = register_op(
     reference=sandwich_norm_quantized_reference,
     launch=launch_sandwich_norm_quantized,
     cpu=sandwich_norm_quantized_cpu if HAS_EXTENSION else None,
-    cpu_checks=True,
     fake=lambda x, residual, post_weight, pre_weight, eps, dtype, group_size=None, *_: (
         *empty_quantized(x, dtype, group_size),
         x.new_empty(x.shape),
