@@ -14,7 +14,7 @@
 namespace glm4 {
 
 // Below this many multiplications a thread costs more than it brings.
-constexpr int64_t PRODUCTS_PER_THREAD = int64_t(1) << 20;
+constexpr int64_t PRODUCTS_PER_THREAD = int64_t(1) << 19;
 
 static std::vector<const FlashDecodeVariant*> runnable_variants() {
     std::vector<const FlashDecodeVariant*> variants;

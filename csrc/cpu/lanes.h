@@ -170,14 +170,19 @@ static inline Ints larger_magnitude(Ints a, Floats x) {
 }
 
 static inline uint32_t largest_lane(Ints x) {
-    int32_t lane[LANES];
-    memcpy(lane, &x, sizeof(lane));
-    for (int width = LANES / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) {
-            lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-        }
-    }
-    return uint32_t(lane[0]);
+#if defined(__AVX2__)
+    __m256i eight[LANES / 8];
+    memcpy(eight, &x, sizeof(eight));
+    const __m256i most = _mm256_max_epi32(eight[0], eight[LANES / 8 - 1]);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return uint32_t(_mm_cvtsi128_si32(four));
+#else
+    int32_t largest = 0;
+    for (int i = 0; i < LANES; ++i) largest = x[i] > largest ? x[i] : largest;
+    return uint32_t(largest);
+#endif
 }
 
 // The low byte of each lane: e4m3, round to nearest, ties to even, for |x| <= 448; NaN stays NaN.
@@ -196,9 +201,8 @@ static inline float limit_of(DType type) { return type == DType::int8 ? 127.0f :
 
 // The first `count` lanes in one of the two, no further from 0 than the limit; NaN is 0 in int8.
 static inline void store_quantised(DType type, void* data, Floats x, int count) {
-    const float limit = limit_of(type);
-    x = x > limit ? Floats{} + limit : x;
-    x = x < -limit ? Floats{} - limit : x;
+    const Floats limit = Floats{} + limit_of(type);
+    x = larger(-limit, smaller(limit, x));  // NaN stays
     // 1.5 * 2^23: the sum rounds half to even, and ends in the integer
     const Words codes =
         type == DType::int8 ? (x == x ? Words(x + 12582912.0f) : Words{}) : to_float8_e4m3(x);

@@ -111,7 +111,11 @@ static void norm_row(const Norm& norm, int64_t row, float* scratch) {
     SumOfSquares squares;
     squares.add(n, [&](int64_t i, int count) {
         const Floats value = total(i, count);
-        if (ADDS) store<TYPE>(sum + i * I, value, count);
+        if (ADDS && HF) {
+            store_exact<TYPE>(sum + i * I, value, count);
+        } else if (ADDS) {
+            store<TYPE>(sum + i * I, value, count);
+        }
         return value;
     });
     const float rstd = squares.rstd(n, norm.eps);
