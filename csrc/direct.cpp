@@ -325,7 +325,7 @@ PyObject* sandwich_norm_quantized(const Given& given) {
 
 PyObject* swiglu(const Given& given) {
     const Tensor gate_up = tensor_of(given[0]);
-    fits(given.rounds_as_hf(1));
+    const bool rounds_as_hf = given.rounds_as_hf(1);
     const Rows rows = rows_of(gate_up);
     fits(is_float(gate_up.dtype) && rows.n_cols % 2 == 0);
     Object y = new_empty(given[0], with_columns(gate_up, rows.n_cols / 2).data(), gate_up.dims);
@@ -333,8 +333,8 @@ PyObject* swiglu(const Given& given) {
     const int n_threads = count_threads();
     {
         WithoutGil without_gil;
-        swiglu_cpu(result, gate_up.buffer, int(gate_up.dtype), rows.n_rows, rows.n_cols / 2,
-                   rows.stride, n_threads, "");
+        swiglu_cpu(result, gate_up.buffer, int(gate_up.dtype), rounds_as_hf, rows.n_rows,
+                   rows.n_cols / 2, rows.stride, n_threads, "");
     }
     return y.release();
 }

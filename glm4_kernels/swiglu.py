@@ -106,10 +106,7 @@ def launch_swiglu(gate_up: Tensor, rounding: Rounding = "hf", pdl: bool = False)
 
 
 def swiglu_cpu(gate_up: Tensor, rounding: Rounding = "hf", variant: str = "") -> Tensor:
-    """The C++ kernel, where it rounds as HF; `variant`: one of build_info()["simd_variants"], by
-    default the best."""
-    if rounding != "hf":
-        return swiglu_reference(gate_up, rounding).contiguous()
+    """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
     shape = gate_up.shape
     n_cols = shape[-1] // 2
     y = torch.empty((*shape[:-1], n_cols), dtype=gate_up.dtype)
@@ -118,6 +115,7 @@ def swiglu_cpu(gate_up: Tensor, rounding: Rounding = "hf", variant: str = "") ->
         buffer(y),
         buffer(rows),
         DTYPE_CODES[gate_up.dtype],
+        rounding == "hf",
         y.numel() // n_cols,
         n_cols,
         stride,

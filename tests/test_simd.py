@@ -153,7 +153,9 @@ def test_writes_nothing_outside(variant, dtype):
         module.norm_cpu(*map(buffer, tensors), code, code, True, *sizes, EPS, 1, variant)
         for out, expected in ((y, add_rms_norm_reference(x, x, weight, EPS)[0]), (sum_out, x + x)):
             assert (out - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
-        module.swiglu_cpu(buffer(y), buffer(gate_up), code, 2, n_cols, 2 * n_cols, 1, variant)
+        module.swiglu_cpu(
+            *(buffer(y), buffer(gate_up), code, True, 2, n_cols, 2 * n_cols, 1, variant)
+        )
         for whole in (whole_y, whole_sum):
             assert (whole[:31] == 77).all() and (whole[31 + 2 * n_cols :] == 77).all()
 
@@ -217,7 +219,7 @@ def test_swiglu_checks_sizes_itself(message, change):
     good = {"y": torch.ones(8), "gate_up": torch.ones(16), "dtype": 0, "sizes": (2, 4, 8)}
 
     def call(y, gate_up, dtype, sizes):
-        extension().swiglu_cpu(buffer(y), buffer(gate_up), dtype, *sizes, 1, "")
+        extension().swiglu_cpu(buffer(y), buffer(gate_up), dtype, True, *sizes, 1, "")
 
     call(**good)
     with pytest.raises(ValueError, match=message):

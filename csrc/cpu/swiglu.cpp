@@ -12,8 +12,8 @@ static const SwigluValues SWIGLU_VALUES[SIMD_COUNT] = GLM4_VARIANTS(swiglu_value
 // Below this many values a thread costs more than it brings.
 constexpr int64_t VALUES_PER_THREAD = int64_t(1) << 13;
 
-void swiglu_cpu(Buffer y, Buffer gate_up, int dtype, int64_t n_rows, int64_t n_cols, int64_t stride,
-                int n_threads, const std::string& variant) {
+void swiglu_cpu(Buffer y, Buffer gate_up, int dtype, bool rounds_as_hf, int64_t n_rows,
+                int64_t n_cols, int64_t stride, int n_threads, const std::string& variant) {
     const Checks checks{"swiglu"};
     const DType type = checks.dtype(dtype);
     checks.size("n_rows", n_rows);
@@ -25,6 +25,7 @@ void swiglu_cpu(Buffer y, Buffer gate_up, int dtype, int64_t n_rows, int64_t n_c
     const Swiglu swiglu = {reinterpret_cast<char*>(y.first),
                            reinterpret_cast<const char*>(gate_up.first),
                            type,
+                           rounds_as_hf,
                            n_rows,
                            n_cols,
                            stride};

@@ -30,7 +30,7 @@ static inline void exponential(Floats (&x)[ABREAST]) {
     }
 }
 
-template <DType TYPE>
+template <DType TYPE, bool HF>
 static inline void swiglu_piece(char* y, const char* gate, const char* up, int64_t count) {
     constexpr int64_t STEP = LANES * ITEM<TYPE>;
     Floats g[ABREAST], e[ABREAST], silu[ABREAST];
@@ -41,13 +41,14 @@ static inline void swiglu_piece(char* y, const char* gate, const char* up, int64
     for (int a = 0; a < ABREAST; ++a) g[a] = load<TYPE>(gate + a * STEP, lanes(a));
     for (int a = 0; a < ABREAST; ++a) e[a] = -g[a];
     exponential(e);
-    for (int a = 0; a < ABREAST; ++a) silu[a] = rounded<TYPE>(g[a] / (e[a] + 1.0f));
+    for (int a = 0; a < ABREAST; ++a) silu[a] = g[a] / (e[a] + 1.0f);
+    for (int a = 0; a < ABREAST; ++a) silu[a] = HF ? rounded<TYPE>(silu[a]) : silu[a];
     for (int a = 0; a < ABREAST; ++a) {
         store<TYPE>(y + a * STEP, silu[a] * load<TYPE>(up + a * STEP, lanes(a)), lanes(a));
     }
 }
 
-template <DType TYPE>
+template <DType TYPE, bool HF>
 static void swiglu_values(const Swiglu& swiglu, int64_t begin, int64_t end) {
     constexpr int64_t I = ITEM<TYPE>, PIECE = ABREAST * LANES;
     const int64_t n = swiglu.n_cols;
@@ -59,19 +60,21 @@ static void swiglu_values(const Swiglu& swiglu, int64_t begin, int64_t end) {
         char* y = swiglu.y + begin * I;
         int64_t i = 0;
         for (; i + PIECE <= in_row; i += PIECE) {
-            swiglu_piece<TYPE>(y + i * I, gate + i * I, up + i * I, PIECE);
+            swiglu_piece<TYPE, HF>(y + i * I, gate + i * I, up + i * I, PIECE);
         }
-        if (i < in_row) swiglu_piece<TYPE>(y + i * I, gate + i * I, up + i * I, in_row - i);
+        if (i < in_row) swiglu_piece<TYPE, HF>(y + i * I, gate + i * I, up + i * I, in_row - i);
         begin += in_row;
     }
 }
 
 void GLM4_VARIANT_NAME(swiglu_values)(const Swiglu& swiglu, int64_t begin, int64_t end) {
-    if (swiglu.dtype == DType::bfloat16) {
-        return swiglu_values<DType::bfloat16>(swiglu, begin, end);
-    }
-    if (swiglu.dtype == DType::float16) return swiglu_values<DType::float16>(swiglu, begin, end);
-    swiglu_values<DType::float32>(swiglu, begin, end);
+    constexpr DType FP32 = DType::float32, BF16 = DType::bfloat16, FP16 = DType::float16;
+    const bool hf = swiglu.rounds_as_hf;
+    const auto run =
+        swiglu.dtype == BF16   ? hf ? swiglu_values<BF16, true> : swiglu_values<BF16, false>
+          : swiglu.dtype == FP16 ? hf ? swiglu_values<FP16, true> : swiglu_values<FP16, false>
+                                 : swiglu_values<FP32, true>;  // where nothing is rounded
+    run(swiglu, begin, end);
 }
 
 }  // namespace glm4
