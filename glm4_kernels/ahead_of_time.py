@@ -97,6 +97,7 @@ class Figures:
     bytes_in_flight: int  # global memory on its way to one SM at most, see `bytes_in_flight`
     loads: dict[str, int]  # global load instructions by width in bits, in the SASS
     mma: str  # "none", "mma", "wgmma" or "tcgen05"
+    instructions_per_tile: int | None  # of one warp, see `instructions_per_tile`
     accesses_before_wait: int | None  # to global memory, ahead of griddepcontrol.wait if it waits
 
 
@@ -196,6 +197,7 @@ def figures(compiled: Any) -> Figures:
         * (threads * outstanding_bytes(text) + pipeline_bytes(compiled.asm["ttgir"])),
         loads=load_widths(text),
         mma=tensor_core_kind(compiled.asm["ptx"]),
+        instructions_per_tile=instructions_per_tile(text),
         accesses_before_wait=accesses_before_wait(text),
     )
 
@@ -278,6 +280,37 @@ def accesses_before_wait(sass: str) -> int | None:
         if waits
         else None
     )
+
+
+def instructions_per_tile(sass: str) -> int | None:
+    """Instructions that a warp issues in one pass of the innermost loop with tensor-core
+    instructions, None without: those that a conditional branch ahead may jump over are left out."""
+    instructions = [
+        (int(address, 16), text)
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+    ]
+    branches = {
+        address: (int(branch.group(2), 16), bool(branch.group(1)))
+        for address, text in instructions
+        if (branch := re.search(r"^(@\S+ )?BRA\b.*?0x([0-9a-f]+)", text))
+    }
+    loops = [(target, address) for address, (target, _) in branches.items() if target <= address]
+    shortest: list[int] | None = None
+    for first, last in loops:
+        body = [(address, text) for address, text in instructions if first <= address <= last]
+        if not any(re.search(r"\b(?:[HIQO]|HG|UTC\w)MMA\b", text) for _, text in body):
+            continue
+        passed, resume = [], first
+        for address, _ in body:
+            if address < resume:
+                continue
+            passed.append(address)
+            target, conditional = branches.get(address, (0, False))
+            if conditional and address < target <= last:
+                resume = target
+        if shortest is None or len(passed) < len(shortest):
+            shortest = passed
+    return None if shortest is None else len(shortest)
 
 
 def tensor_core_kind(ptx: str) -> str:

@@ -32,6 +32,8 @@ One small program computes it, in a few microseconds a step; nothing here is per
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -45,10 +47,30 @@ MAX_QUERIES = 8
 MAX_GROUP = 32
 
 
+def capability(device: torch.device) -> int:
+    """90 for sm_90, which CPU tensors get too (see `multiprocessor_count`). Meta tensors get what
+    Triton compiles for, so that an ahead-of-time compile sees the launch of that GPU."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    if device.type == "meta":
+        with suppress(RuntimeError):  # no driver
+            return triton.runtime.driver.active.get_current_target().arch
+    return 90
+
+
+def row_tiles(n_rows: int, capability: int, quantized: bool = False) -> int:
+    """Programs that share the `n_rows` query rows of a KV head, each with all of its keys. They
+    have as many rows as its registers hold: most where products are wgmma's."""
+    most = {9: 64 if quantized else 128, 10: 64, 11: 64}.get(capability // 10, 32)
+    return -(-n_rows // most)
+
+
 def programs_per_kv_head(n_rows: int, n_kv_heads: int, device: torch.device) -> int:
     """P: two programs share a multiprocessor up to 32 query rows, beyond that one has it."""
-    per_multiprocessor = 2 if n_rows <= 32 else 1
-    return max(1, multiprocessor_count(device) * per_multiprocessor // n_kv_heads)
+    tiles = row_tiles(n_rows, capability(device))
+    per_multiprocessor = 2 if n_rows <= 32 * tiles else 1
+    return max(1, multiprocessor_count(device) * per_multiprocessor // (n_kv_heads * tiles))
 
 
 def most_splits(n_kv_heads: int, batch_invariant: bool) -> int:

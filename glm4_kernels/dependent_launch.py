@@ -24,7 +24,7 @@ if HAS_TRITON:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     from triton.language.target_info import cuda_capability_geq
 
-    COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+COMPILED = tl.constexpr(HAS_TRITON and not triton.knobs.runtime.interpret)
 
 
 @triton.jit

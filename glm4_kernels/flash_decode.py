@@ -38,14 +38,16 @@ from glm4_kernels.decode_schedule import (
     MAX_GROUP,
     MAX_QUERIES,
     UNIT,
+    capability,
     launch_decode_schedule,
     most_splits,
     parts_of,
     programs_per_kv_head,
+    row_tiles,
     schedule_rows,
     schedule_slots,
 )
-from glm4_kernels.dependent_launch import dependent, wait_for_producers
+from glm4_kernels.dependent_launch import COMPILED, dependent, wait_for_producers
 from glm4_kernels.extension import DTYPE_CODES, HAS_EXTENSION, buffer, extension
 from glm4_kernels.library import (
     FLOAT_DTYPES,
@@ -67,8 +69,10 @@ SIZES_OF_A_BATCH = (
     *("n_pages", "max_pages", "max_keys"),
 )
 # p * v_scale times this stays among fp16's normal numbers for smaller p; times the largest |v| of
-# fp16, 65504, over 127 it stays finite.
+# fp16, 65504, over 127 it stays finite, where p <= 1.
 P_RANGE = 64.0
+HEADROOM = {torch.float16: 0.0}  # p <= 2^this, see the partial kernel; of other dtypes 8
+LOWEST = tl.constexpr(-1e30)  # below all scores, and finite
 
 
 def flash_decode_reference(
@@ -124,6 +128,82 @@ def gather_tokens(
     return tokens * cache_scale[pages].transpose(0, 1).flatten(1)[:, :n_keys, None]
 
 
+# Two int16, each of two int8 u, become two bf16x2. 0x4300 | (u & 0x7f) is 128 + (u & 0x7f) in bf16,
+# 0x4300 | (u & 0x80) is 128, or 256 where u < 0: their difference is u, exactly.
+INT8_TO_BF16 = tl.constexpr(
+    """{
+    .reg .b32 high, bits, sign, minus_one;
+    mov.b32 minus_one, 0xbf80bf80;
+    lop3.b32 bits, $2, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 sign, $2, 0x00800080, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, sign, minus_one, bits;
+    shr.u32 high, $2, 8;
+    lop3.b32 bits, high, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 sign, high, 0x00800080, 0x43004300, 0xea;
+    fma.rn.bf16x2 $1, sign, minus_one, bits;
+    }"""
+)
+# The same of e4m3, by way of fp16, which holds all of them.
+E4M3_TO_BF16 = tl.constexpr(
+    """{
+    .reg .b16 a, b, a_low, a_high, b_low, b_high;
+    .reg .b32 wide;
+    .reg .f32 c, d;
+    mov.b32 {a, b}, $2;
+    cvt.rn.f16x2.e4m3x2 wide, a;
+    mov.b32 {a_low, a_high}, wide;
+    cvt.rn.f16x2.e4m3x2 wide, b;
+    mov.b32 {b_low, b_high}, wide;
+    cvt.f32.f16 c, a_low;
+    cvt.f32.f16 d, b_low;
+    cvt.rn.bf16x2.f32 $0, d, c;
+    cvt.f32.f16 c, a_high;
+    cvt.f32.f16 d, b_high;
+    cvt.rn.bf16x2.f32 $1, d, c;
+    }"""
+)
+
+
+@triton.jit
+def _low_and_high(x, dtype: tl.constexpr, FP8: tl.constexpr):
+    """The two bytes of int16s, int8 or e4m3, as `dtype`. For bf16 in as few instructions as it
+    takes, two registers at a time: half of what a tile of a quantised cache costs."""
+    if COMPILED and dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            E4M3_TO_BF16 if FP8 else INT8_TO_BF16,
+            "=&r,=&r,r",
+            [x],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        low, high = x.to(tl.int8), (x >> 8).to(tl.int8)
+        if FP8:
+            low = low.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+            high = high.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        low, high = low.to(dtype), high.to(dtype)
+    return low, high
+
+
+@triton.jit
+def _rows(tile, n_queries, kv_head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The query rows of a tile, their query and head, and which of them there are."""
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = (rows // GROUP).to(tl.int64)
+    return rows, query, kv_head * GROUP + rows % GROUP, query < n_queries
+
+
+@triton.jit
+def _unknown(x):
+    """x, an int32; to the compiler it might be any."""
+    if COMPILED:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return x
+
+
 @triton.jit(do_not_specialize=SIZES_OF_A_BATCH)
 def _flash_decode_partial_kernel(
     out_ptr,
@@ -145,10 +225,8 @@ def _flash_decode_partial_kernel(
     stride_q_head,
     stride_k_page,
     stride_k_head,
-    stride_k_token,
     stride_v_page,
     stride_v_head,
-    stride_v_token,
     stride_k_scale_page,
     stride_k_scale_head,
     stride_v_scale_page,
@@ -161,7 +239,9 @@ def _flash_decode_partial_kernel(
     n_pages,
     max_pages,
     scale,
-    one,
+    STRIDE_K_TOKEN: tl.constexpr,
+    STRIDE_V_TOKEN: tl.constexpr,
+    FP8: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -169,17 +249,20 @@ def _flash_decode_partial_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     P_RANGE: tl.constexpr,
+    HEADROOM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out = softmax(scale q k^T) v and its lse, over each run of keys that this program has.
 
-    Online softmax over tiles of BLOCK_N keys, s and m before scaling:
-        s = q k^T    m' = max(m, max s)    p = exp(scale (s - m'))    decay = exp(scale (m - m'))
-        total = decay total + sum p    acc = decay acc + p v    out = acc / total
+    Online softmax, to base 2, over tiles of BLOCK_N keys, transposed: a column is a query row.
+        x = scale k q^T - m        p = 2^x        total += p        acc += v^T p
+    m, a reference for each column, is the largest score of the first tile. It rises only when a
+    score exceeds it by HEADROOM; acc and total then fall. total is summed over the keys of a tile
+    at the very end.
 
-    `one` is 1.0, which the compiler does not see. It stands between a quantised v and its product:
-    else Triton gives the tensor cores v byte by byte from shared memory, in 8-byte copies, and a
-    tile of 64 keys takes 934 instructions a warp, not 805 (sm_90, Triton 3.9).
+    So keys are the rows of both products: 64 of them fill wgmma's M, few query rows are its N.
+
+    A quantised cache comes as int16, two dims each: q and acc have even and odd dims apart.
     """
     program = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -194,14 +277,10 @@ def _flash_decode_partial_kernel(
     n_more = tl.where(schedule_bad, 0, n_more)
     bad = schedule_bad
 
-    # Rows are the group's heads of query 0, then those of query 1, ...
-    rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = (rows // GROUP).to(tl.int64)
-    head = kv_head * GROUP + rows % GROUP
-    row_mask = query < n_queries
-    dims = tl.arange(0, HEAD_DIM)
-    scale_log2 = scale * 1.4426950408889634
-    for i in range(-1, n_more):
+    QUANTIZED: tl.constexpr = k_scale_ptr is not None
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if QUANTIZED else HEAD_DIM
+    # Nothing leaves this loop: what depends on rows alone would fill registers in the inner one.
+    for i in tl.range(-1, n_more, disable_licm=True):
         run_ptr = runs_ptr + (more + i).to(tl.int64) * 4
         if i < 0:
             run_ptr = programs_ptr + program * 8
@@ -222,73 +301,106 @@ def _flash_decode_partial_kernel(
         end_key = tl.where(empty, 0, end_key)
 
         if first_key < end_key:
+            # Rows are the group's heads of query 0, then those of query 1, ...
+            tile = tl.program_id(2)
+            rows, query, head, row_mask = _rows(tile, n_queries, kv_head, GROUP, BLOCK_M)
+            first_hidden = seq_len - n_queries + 1  # the first key that query 0 does not see
+
+            units = tl.arange(0, WIDTH)
             q_rows = sequence * stride_q_batch + query * stride_q_query + head * stride_q_head
-            q_ptrs = q_ptr + q_rows[:, None] + dims[None, :]
-            q = tl.load(q_ptrs, mask=row_mask[:, None], other=0.0)
-            n_visible = seq_len - n_queries + 1 + rows // GROUP
+            q_ptrs = q_ptr + q_rows[:, None] + units[None, :] * (HEAD_DIM // WIDTH)
+            q = tl.trans(tl.load(q_ptrs, mask=row_mask[:, None], other=0.0))
+            m = tl.zeros([BLOCK_M], tl.float32)
+            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            acc = tl.zeros([WIDTH, BLOCK_M], tl.float32)
+            if QUANTIZED:
+                q_odd = tl.trans(tl.load(q_ptrs + 1, mask=row_mask[:, None], other=0.0))
+                acc_odd = tl.zeros([WIDTH, BLOCK_M], tl.float32)
+            scale_log2 = scale * 1.4426950408889634
+
+            token = tl.arange(0, BLOCK_N)
+            k_offsets = token.to(tl.int64)[:, None] * STRIDE_K_TOKEN + units[None, :]
+            v_offsets = token.to(tl.int64)[None, :] * STRIDE_V_TOKEN + units[:, None]
             table_ptr = block_table_ptr + sequence * stride_table_batch
             page_id = tl.load(table_ptr + first_key // PAGE_SIZE)
-            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+            fresh = first_key < end_key  # no key seen yet
             for start in range(first_key, end_key, BLOCK_N):
                 page = page_id.to(tl.int64)
                 page_bad = (page < 0) | (page >= n_pages)
                 bad |= page_bad
                 n_keys = tl.where(page_bad, 0, seq_len)
-                keys = start + tl.arange(0, BLOCK_N)
-                key_mask = keys < n_keys
-                token = keys % PAGE_SIZE
+                in_page = tl.cast(start % PAGE_SIZE, tl.int64) if BLOCK_N < PAGE_SIZE else 0
                 # A tile ahead, so that no K waits for the address of its page.
                 next_start = start + BLOCK_N
                 next_ptr = table_ptr + next_start // PAGE_SIZE
                 page_id = tl.load(next_ptr, mask=next_start < end_key, other=0)
 
-                k_tile = k_ptr + page * stride_k_page + kv_head * stride_k_head
-                k_ptrs = k_tile + token[:, None] * stride_k_token + dims[None, :]
+                page_mask = tl.full([BLOCK_N], n_keys, tl.int32) > 0
+                k_tile = page * stride_k_page + kv_head * stride_k_head + in_page * STRIDE_K_TOKEN
                 k = tl.load(
-                    k_ptrs, mask=key_mask[:, None], other=0.0, eviction_policy="evict_first"
+                    k_ptr + k_tile + k_offsets,
+                    mask=page_mask[:, None],
+                    other=0,
+                    eviction_policy="evict_first",
                 )
-                if k.dtype == tl.float8e4nv:  # Triton 3.6 has no fp8 to bf16 on sm_89
-                    k = k.to(tl.float32)
-                k = k.to(q.dtype)
-                s = tl.dot(q, tl.trans(k), input_precision="ieee")
-                if k_scale_ptr is not None:
-                    k_scale = k_scale_ptr + page * stride_k_scale_page
-                    k_scale += kv_head * stride_k_scale_head
-                    s *= tl.load(k_scale + token, mask=key_mask, other=0.0)[None, :]
-                visible = keys[None, :] < tl.minimum(n_visible, n_keys)[:, None]
-                s = tl.where(visible, s, float("-inf"))
+                if QUANTIZED:
+                    k, k_odd = _low_and_high(k, q.dtype, FP8)
+                    k_scales = page * stride_k_scale_page + kv_head * stride_k_scale_head + in_page
+                    k_scale = tl.load(k_scale_ptr + k_scales + token, mask=page_mask, other=0.0)
+                    s = tl.dot(k, q, input_precision="ieee")
+                    s = tl.dot(k_odd, q_odd, s, input_precision="ieee")
+                    x = s * (k_scale * scale_log2)[:, None] - m[None, :]
+                else:
+                    x = tl.dot(k, q, input_precision="ieee") * scale_log2 - m[None, :]
+                if next_start > tl.minimum(n_keys, first_hidden):
+                    n_visible = tl.minimum(first_hidden + rows // GROUP, n_keys)
+                    visible = (start + token)[:, None] < n_visible[None, :]
+                    x = tl.where(visible, x, float("-inf"))
 
-                m_new = tl.maximum(m, tl.max(s, axis=1))
-                m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-                p = tl.exp2((s - m_finite[:, None]) * scale_log2)
-                decay = tl.exp2((m - m_finite) * scale_log2)
-                total = total * decay + tl.sum(p, axis=1)
-                m = m_new
+                first = fresh & (page_bad == 0)
+                if first | (tl.max(x) > HEADROOM):
+                    m_new = m + tl.maximum(tl.max(x, axis=0), tl.where(first, LOWEST, 0.0))
+                    rise = m_new - m
+                    m = m_new
+                    x -= rise[None, :]
+                    decay = tl.exp2(-tl.maximum(rise, 0.0))[None, :]
+                    total *= decay
+                    acc *= decay
+                    if QUANTIZED:
+                        acc_odd *= decay
+                fresh &= page_bad
+                p = tl.exp2(x)
+                total += p
 
-                if v_scale_ptr is not None:
-                    v_scale = v_scale_ptr + page * stride_v_scale_page
-                    v_scale += kv_head * stride_v_scale_head
-                    p *= tl.load(v_scale + token, mask=key_mask, other=0.0)[None, :] * P_RANGE
-                v_tile = v_ptr + page * stride_v_page + kv_head * stride_v_head
-                v_ptrs = v_tile + token[:, None] * stride_v_token + dims[None, :]
+                v_mask = start + token < n_keys  # what lies past a length may be NaN
+                v_tile = page * stride_v_page + kv_head * stride_v_head + in_page * STRIDE_V_TOKEN
                 v = tl.load(
-                    v_ptrs, mask=key_mask[:, None], other=0.0, eviction_policy="evict_first"
+                    v_ptr + v_tile + v_offsets,
+                    mask=v_mask[None, :],
+                    other=0,
+                    eviction_policy="evict_first",
                 )
-                if v.dtype == tl.float8e4nv:
-                    v = v.to(tl.float32)
-                v = v.to(q.dtype)
-                if v_scale_ptr is not None:
-                    v *= tl.full([1, 1], one, q.dtype)
-                pv = tl.dot(p.to(q.dtype), v, input_precision="ieee")
-                acc = acc * decay[:, None] + pv
+                if QUANTIZED:
+                    v, v_odd = _low_and_high(v, q.dtype, FP8)
+                    v_scales = page * stride_v_scale_page + kv_head * stride_v_scale_head + in_page
+                    v_scale = tl.load(v_scale_ptr + v_scales + token, mask=v_mask, other=0.0)
+                    p = (p * (v_scale * P_RANGE)[:, None]).to(q.dtype)
+                    acc_odd = tl.dot(v_odd, p, acc_odd, input_precision="ieee")
+                    acc = tl.dot(v, p, acc, input_precision="ieee")
+                else:
+                    acc = tl.dot(v, p.to(q.dtype), acc, input_precision="ieee")
 
-            total = tl.where(total == 0.0, 1.0, total)  # no key seen: acc = 0 and m = -inf
-            out = acc / total[:, None]
-            if v_scale_ptr is not None:
-                out *= 1.0 / P_RANGE
-            lse_log2 = m * scale_log2 + tl.log2(total)
+            sums = tl.sum(total, axis=0)
+            seen = sums != 0.0  # NaN is
+            lse_log2 = tl.where(seen, m + tl.log2(sums), float("-inf"))
+            norm = 1.0 / tl.where(seen, sums, 1.0)
+            if QUANTIZED:
+                norm *= 1.0 / P_RANGE
+                acc = tl.permute(tl.join(acc, acc_odd), (0, 2, 1)).reshape(HEAD_DIM, BLOCK_M)
+            out = tl.trans(acc * norm[None, :])
+            dims = tl.arange(0, HEAD_DIM)
+            tile = _unknown(tile)  # else all this stays in registers since above
+            rows, query, head, row_mask = _rows(tile, n_queries, kv_head, GROUP, BLOCK_M)
             if slot < 0:
                 n_heads = n_kv_heads * GROUP
                 out_rows = (sequence * n_queries + query) * n_heads + head
@@ -377,30 +489,32 @@ def _flash_decode_combine_kernel(
         tl.store(lse_ptr + row, lse, mask=tl.program_id(1) == 0)
 
 
-def launch_plan(n_rows: int, q_bytes: int, kv_bytes: int) -> tuple[int, int, int, int]:
+def launch_plan(
+    n_rows: int, q_bytes: int, kv_bytes: int, capability: int
+) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps, num_stages) of the partial kernel.
 
     Derived and compiled, not measured yet. To stream at full speed an H200 needs about
-    4.3 TB/s * 1 us / 132 = 33 KB in flight per multiprocessor; a program has `num_stages - 1` tiles
-    of K and V in flight, 64 KB in bf16 at up to 32 rows and D = 128, and two programs share a
-    multiprocessor (`programs_per_kv_head`). Its shared memory is then those two tiles and the q and
-    p tiles: 70 KB at 16 rows, 76 KB at 32, which also fits the 99 KB of sm_86, 89 and 120. From 64
-    rows on, registers allow one program.
+    4.3 TB/s * 1 us / 132 = 33 KB in flight per multiprocessor. Up to 32 rows two programs share a
+    multiprocessor (`programs_per_kv_head`), and each has a tile or more of K and V in flight, 32 KB
+    in bf16, 16 KB in int8: two of bf16, three of int8, one less where a multiprocessor has no more
+    than 100 KB. Beyond 32 rows one program of 8 warps has it.
+
+    Rows are padded to a power of two from 8 on: to no more than the next 16 for the groups of
+    GLM-4 and one query. Two tiles a program, 32 + 16 rows for 48, would cost more than the padding:
+    511 instructions a warp and 64 keys, not 417 (sm_90, bf16, 4 warps, Triton 3.9).
 
     Args:
-        n_rows: query rows that share a KV head, Q * group; more than 128 take several tiles.
+        n_rows: query rows that share a KV head, Q * group.
         q_bytes, kv_bytes: bytes of one element of q and of the caches.
+        capability: of the device, 90 for sm_90.
     """
+    n_tiles = row_tiles(n_rows, capability, quantized=kv_bytes == 1)
+    block_m = max(triton.next_power_of_2(triton.cdiv(n_rows, n_tiles)), 8)
     if q_bytes == 4:  # no tensor cores: the products live in registers
-        return 16, 32, 8, 2
-    stages = 4 if kv_bytes == 1 else 3
-    if n_rows <= 16:
-        return 16, 64, 4, stages
-    if n_rows <= 32:
-        return 32, 64, 4, stages
-    if n_rows <= 64:
-        return 64, 64, 8, 3
-    return 128, 32, 8, 4
+        return min(block_m, 16), 32, 8, 2
+    roomy = capability // 10 != 12 and capability not in (86, 89)
+    return block_m, 64, 4 if block_m <= 32 else 8, (4 if kv_bytes == 1 else 3) - (not roomy)
 
 
 def combine_plan(n_rows: int, most_splits: int, batch_invariant: bool) -> tuple[int, int]:
@@ -466,11 +580,13 @@ def launch_flash_decode(
     split_lse = torch.empty(split_shape, dtype=torch.float32, device=q.device)
 
     block_m, block_n, num_warps, num_stages = launch_plan(
-        n_queries * group, q.element_size(), k_cache.element_size()
+        n_queries * group, q.element_size(), k_cache.element_size(), capability(q.device)
     )
-    row_tiles = triton.cdiv(n_queries * group, block_m)
+    k, v = k_cache, v_cache
+    if k_scale is not None:
+        k, v = k_cache.view(torch.int16), v_cache.view(torch.int16)
     error = error_flag("flash_decode", q.device)
-    _flash_decode_partial_kernel[(programs, n_kv_heads, row_tiles)](
+    _flash_decode_partial_kernel[(programs, n_kv_heads, triton.cdiv(n_queries * group, block_m))](
         out,
         lse,
         split_out,
@@ -479,15 +595,15 @@ def launch_flash_decode(
         of_programs,
         more_runs,
         rows,
-        k_cache,
-        v_cache,
+        k,
+        v,
         block_table,
         seq_lens,
         k_scale,
         v_scale,
         *rows.stride()[:3],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
+        *k.stride()[:2],
+        *v.stride()[:2],
         *((0, 0) if k_scale is None else k_scale.stride()[:2]),
         *((0, 0) if v_scale is None else v_scale.stride()[:2]),
         block_table.stride(0),
@@ -498,7 +614,9 @@ def launch_flash_decode(
         n_pages,
         max_pages,
         scale,
-        1.0,
+        STRIDE_K_TOKEN=k.stride(2),
+        STRIDE_V_TOKEN=v.stride(2),
+        FP8=k_cache.dtype == torch.float8_e4m3fn,
         GROUP=group,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
@@ -506,6 +624,7 @@ def launch_flash_decode(
         BLOCK_M=block_m,
         BLOCK_N=min(block_n, page_size),  # a tile lies within one page
         P_RANGE=P_RANGE,
+        HEADROOM=HEADROOM.get(q.dtype, 8.0),
         num_warps=num_warps,
         num_stages=num_stages,
         maxnreg=255,  # else ptxas may spill to fit more programs than the schedule has
@@ -621,6 +740,12 @@ def check_flash_decode(
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(3) != 1:
             raise bad_value(op, name, "contiguous over D", f"strides {cache.stride()}")
+        # Kernels read two bytes at a time.
+        if cache.dtype in QUANTIZED_DTYPES and any(
+            x % 2 for x in (*cache.stride()[:3], cache.storage_offset())
+        ):
+            expected = "a view with even strides and an even offset"
+            raise bad_value(op, name, expected, f"{cache.stride()}, {cache.storage_offset()}")
 
     if block_table.dim() != 2 or block_table.shape[0] != batch:
         raise bad_value(op, "block_table", f"[{batch}, max_pages]", list(block_table.shape))
@@ -765,8 +890,8 @@ def flash_decode(
         q: [B, H, D], or [B, Q, H, D] with Q <= 8 newest tokens, causal; any strides; float32,
             bfloat16 or float16; D 64 or 128.
         k_cache, v_cache: [n_pages, G, page_size, D], H = 1..32 times G, page_size a power of two
-            of at least 16; dtype of q, int8 or float8_e4m3fn (CUDA: from sm_89); any strides,
-            D contiguous.
+            of at least 16; dtype of q, int8 or float8_e4m3fn (CUDA: from sm_89); any strides
+            (of a quantised cache even ones), D contiguous.
         block_table: [B, max_pages] int32, page ids; entries past a length are never read.
         seq_lens: [B] int32, the tokens in the cache, those of q included; 0 is allowed.
         scale: multiplies q k^T; 1 / sqrt(D) as a rule.

@@ -23,6 +23,6 @@ try:
 except ImportError:
     HAS_TRITON = False
     triton: Any = SimpleNamespace(jit=_plain_function, __version__=None)  # type: ignore[no-redef]
-    tl: Any = SimpleNamespace(constexpr=object)  # type: ignore[no-redef]
+    tl: Any = SimpleNamespace(constexpr=lambda value: value)  # type: ignore[no-redef]
 
 __all__ = ["HAS_TRITON", "tl", "triton"]

@@ -129,6 +129,9 @@ def losses(before: dict[str, Any], now: dict[str, Any]) -> str:
         lost.append(f"tensor cores: was {before['mma']}, is {now['mma']}")
     if wide_share(now["loads"]) < wide_share(before["loads"]):
         lost.append(f"wide loads: was {before['loads']}, is {now['loads']} (bits: instructions)")
+    instructions = now["instructions_per_tile"], before.get("instructions_per_tile")
+    if None not in instructions and instructions[0] > instructions[1]:
+        lost.append("instructions a tile: was {1}, is {0}".format(*instructions))
     for figure, unit in (("programs_per_sm", "programs an SM"), ("bytes_in_flight", "bytes an SM")):
         if now[figure] < before[figure]:
             lost.append(f"{figure}: was {before[figure]}, is {now[figure]} {unit}")
@@ -202,6 +205,27 @@ def test_accesses_before_the_wait():
     assert accesses_before_wait(load + store) is None
     assert accesses_before_wait("ACQBULK ;\n" + load) == 0
     assert accesses_before_wait(load + store + "ACQBULK ;\n" + load) == 2
+
+
+def test_instructions_of_a_tile():
+    from glm4_kernels.ahead_of_time import instructions_per_tile
+
+    def sass(*lines: str) -> str:
+        return "".join(f"/*{16 * i:04x}*/ {line} ;\n" for i, line in enumerate(lines))
+
+    loop = ("MOV R1, R2", "HMMA.16816 R4, R4, R5, R4", "@!P0 BRA 0x0")
+    assert instructions_per_tile(sass(*loop)) == 3
+    assert instructions_per_tile(sass("MOV R1, R2", "@P0 BRA 0x0")) is None
+    skips = (
+        "MOV R1, R2",
+        "@P1 BRA 0x40",
+        "FMUL R3, R3, R3",
+        "FMUL R4, R4, R4",
+        "HGMMA.64x16x16 R8",
+    )
+    assert instructions_per_tile(sass(*skips, "@!P0 BRA 0x0")) == 4
+    outer = ("UTCHMMA R4", "FADD R1, R1, R1", "@!P0 BRA 0x10", "HMMA R4", "@P0 BRA 0x30", "BRA 0x0")
+    assert instructions_per_tile(sass(*outer)) == 2
 
 
 def test_a_load_is_under_way_until_a_register_of_it_is_named():

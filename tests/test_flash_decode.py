@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from numerics import KERNEL_DTYPES, assert_bitwise_equal, assert_within_rule
@@ -15,6 +17,8 @@ from glm4_kernels.decode_schedule import (
 )
 from glm4_kernels.extension import buffer, build_info, extension
 from glm4_kernels.flash_decode import (
+    E4M3_TO_BF16,
+    INT8_TO_BF16,
     flash_decode_cpu,
     flash_decode_reference,
     launch_flash_decode,
@@ -407,6 +411,88 @@ def test_int8_cache(queries, dtype, device):
     assert_right(attend(p), p)
 
 
+def run_ptx(text: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the inline PTX makes of uint32 `x`: its steps one by one, as the PTX manual has them."""
+    registers = {"$2": x.astype(np.uint32)}
+
+    def value(operand: str) -> np.ndarray:
+        if operand.startswith("0x") or operand.isdigit():
+            return np.full(x.shape, int(operand, 0), np.uint32)
+        return registers[operand]
+
+    def halves_of_bf16(operand: str) -> list[np.ndarray]:
+        both = value(operand)
+        return [(half << 16).view(np.float32) for half in (both & 0xFFFF, both >> 16)]
+
+    def to_bf16(wide: np.ndarray) -> np.ndarray:
+        rounded = torch.from_numpy(wide.astype(np.float32)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+
+    for line in text.strip("{} \n").splitlines():
+        step, _, operands = line.strip(" ;").partition(" ")
+        if step == ".reg":
+            continue
+        target, *sources = re.findall(r"\{.*?\}|[^\s,]+", operands)
+        if step == "lop3.b32":
+            a, b, c = (value(source) for source in sources[:3])
+            table, out = int(sources[3], 0), np.zeros_like(x)
+            for i in range(8):
+                terms = [v if i >> n & 1 else ~v for n, v in ((2, a), (1, b), (0, c))]
+                out |= (terms[0] & terms[1] & terms[2]) * np.uint32(table >> i & 1)
+        elif step == "shr.u32":
+            out = value(sources[0]) >> value(sources[1])
+        elif step == "fma.rn.bf16x2":
+            low, high = zip(*map(halves_of_bf16, sources), strict=True)
+            out = to_bf16(low[0] * low[1] + low[2]) | to_bf16(high[0] * high[1] + high[2]) << 16
+        elif step == "cvt.rn.f16x2.e4m3x2":
+            pair = value(sources[0]).astype(np.uint16).view(np.uint8)
+            half = torch.from_numpy(pair.copy()).view(torch.float8_e4m3fn).half().numpy()
+            out = half.view(np.uint32)
+        elif step == "cvt.f32.f16":
+            out = value(sources[0]).astype(np.uint16).view(np.float16).astype(np.float32)
+        elif step == "cvt.rn.bf16x2.f32":  # the first source is the upper half
+            out = to_bf16(value(sources[0])) << 16 | to_bf16(value(sources[1]))
+        elif step == "mov.b32" and target.startswith("{"):
+            names = re.findall(r"\w+", target)
+            registers[names[0]], out = value(sources[0]) & 0xFFFF, value(sources[0]) >> 16
+            target = names[1]
+        else:
+            assert step == "mov.b32", line
+            out = value(sources[0])
+        registers[target] = out
+    return registers["$0"], registers["$1"]
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn])
+def test_inline_ptx_converts_every_value(cache_dtype):
+    """Every byte in every place of a register, beside every other byte, comes out as what it is."""
+    ptx = INT8_TO_BF16 if cache_dtype == torch.int8 else E4M3_TO_BF16
+    pairs = np.arange(2**16, dtype=np.uint32)
+    for packed in (pairs | pairs[::-1] << 16, pairs << 16 | pairs * 257 % 2**16):
+        values = torch.from_numpy(packed.view(np.uint8).copy()).view(cache_dtype).float()
+        values = values.view(-1, 4)  # the bytes of a register, lowest first
+        low, high = run_ptx(ptx.value, packed)
+        for register, expected in ((low, values[:, ::2]), (high, values[:, 1::2])):
+            converted = torch.from_numpy(register.view(np.int16).copy()).view(torch.bfloat16)
+            torch.testing.assert_close(
+                converted.float().view(-1, 2), expected, rtol=0, atol=0, equal_nan=True
+            )
+
+
+def test_every_value_of_a_quantized_cache(device):
+    """k = 0 and one key: out is v. Every int8; on a GPU this is the inline PTX."""
+    values = torch.arange(-128, 128).to(torch.int8).view(2, 1, 1, 128)
+    v = values.expand(2, 1, 16, 128).contiguous().to(device)
+    ones = torch.ones(2, 1, 16, device=device)
+    for dtype in KERNEL_DTYPES:
+        table = torch.arange(2, dtype=torch.int32, device=device).view(2, 1)
+        lengths = torch.ones(2, dtype=torch.int32, device=device)
+        q = torch.ones(2, 1, 128, dtype=dtype, device=device)
+        cache = (torch.zeros_like(v), v, table, lengths)
+        out, _ = launch_flash_decode(q, *cache, 1.0, ones, ones)
+        assert torch.equal(out.flatten().float().cpu(), values.flatten().float())
+
+
 def in_double(p: Problem) -> tuple[Tensor, Tensor]:
     """The reference in fp64, which test_reference_matches_fp64 ties to the slow oracle."""
     double = {
@@ -521,6 +607,56 @@ def test_bad_indices_are_left_out_and_reported(device):
         with pytest.raises(IndexError, match=r"flash_decode: .* page id or length"):
             raise_device_errors(device)
     raise_device_errors(device)  # the flag was cleared
+
+
+def test_first_page_is_left_out(device):
+    """The keys after it count alone, however low their scores: a run begins with the first key that
+    there is."""
+    p = problem([130, 70], device, heads=(6, 2))
+    p = replace(p, scale=1.0, q=torch.full_like(p.q, 2.0), k_cache=-p.k_cache.abs())
+    bad = replace(p, block_table=with_entry(p.block_table, (0, 0), -1))
+    rest = p.block_table.clone()
+    rest[0, :-1] = p.block_table[0, 1:]
+    left = replace(p, block_table=rest, seq_lens=with_entry(p.seq_lens, 0, 130 - 64))
+    result = attend(bad, programs=1)
+    assert (result[1] < -64).all()
+    assert_right(result, left)
+    with pytest.raises(IndexError, match="flash_decode"):
+        raise_device_errors(device)
+
+
+def test_not_finite_stays_not_finite(device):
+    """And spoils no other row, though rows share the decision to raise their references."""
+    for value in (math.nan, math.inf):
+        p = problem([130], device, heads=(4, 2))
+        p.q[0, 0, 3] = value
+        out, lse = attend(p, programs=1)
+        assert out[0, 0].isnan().all() and not lse[0, 0].isfinite()
+        others = slice(1, None)
+        truth, true_lse = in_double(p)
+        assert_within_rule(
+            out[:, others], flash_decode_reference(*p.args)[0][:, others], truth[:, others]
+        )
+        torch.testing.assert_close(lse[:, others].cpu(), true_lse[:, others].float())
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_scores_that_rise_and_fall(dtype, cache_dtype, device):
+    """By a few or by 20 a tile of 64 keys: the reference of a row lags behind, or follows."""
+    p = problem([330], device, heads=(2, 2), dtype=dtype, cache_dtype=cache_dtype)
+    pages = p.block_table[0, :6].long()
+    tiles = torch.arange(6, dtype=torch.float32, device=device)[:, None, None]
+    for rise in (2.0, 20.0, -20.0):
+        moved = replace(p, q=torch.zeros_like(p.q), k_cache=p.k_cache.clone(), scale=1.0)
+        moved.q[..., 0] = rise
+        if cache_dtype is None:
+            moved.k_cache[pages, :, :, 0] = tiles.to(dtype).expand(6, 2, 64)
+        else:
+            moved.k_cache[pages, :, :, 0] = 1
+            moved = replace(moved, k_scale=p.k_scale.clone())
+            moved.k_scale[pages] = tiles.expand(6, 2, 64)
+        assert_right(attend(moved, programs=1), moved)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -800,6 +936,16 @@ def cache(*shape, dtype=torch.float32, device="cpu") -> Tensor:
         ),
         (ValueError, r"k_cache must be contiguous", {"k_cache": strided(cache(3, 2, 64, 64))}),
         (ValueError, r"v_cache must be contiguous", {"v_cache": strided(cache(3, 2, 64, 64))}),
+        (
+            ValueError,
+            r"v_cache must be a view with even strides",
+            {"quantized": True, "v_cache": cache(3, 2, 64, 65, dtype=torch.int8)[..., :64]},
+        ),
+        (
+            ValueError,
+            r"k_cache must be a view with even strides",
+            {"quantized": True, "k_cache": cache(3, 2, 64, 66, dtype=torch.int8)[..., 1:65]},
+        ),
         (ValueError, r"v_cache must be \[3, 2, 64, 64\]", {"v_cache": cache(2, 2, 64, 64)}),
         (TypeError, r"v_cache must be torch.float32", {"v_cache": cache(3, 2, 64, 64).half()}),
         (ValueError, r"v_cache must be on cpu", {"v_cache": cache(3, 2, 64, 64, device="meta")}),
