@@ -52,6 +52,7 @@ SYSTEM_SHARED = 1024  # of every program, in bytes
 SHARED_UNIT = 128  # shared memory comes in so many bytes
 REGISTER_UNIT = 256  # the registers of one warp come in so many
 PARTITIONS = 4  # each with a quarter of the registers
+MATRIX_INSTRUCTION = r"\b(?:[HIQO]|HG|UTC\w)MMA\b"
 MULTIPROCESSORS = {
     80: Multiprocessor(shared_bytes=164 * 1024, warps=64, programs=32),
     86: Multiprocessor(shared_bytes=100 * 1024, warps=48, programs=16),
@@ -284,33 +285,36 @@ def accesses_before_wait(sass: str) -> int | None:
 
 def instructions_per_tile(sass: str) -> int | None:
     """Instructions that a warp issues in one pass of the innermost loop with tensor-core
-    instructions, None without: those that a conditional branch ahead may jump over are left out."""
-    instructions = [
+    instructions, the shortest way through it; None without such a loop, which a conditional branch
+    closes."""
+    code = [
         (int(address, 16), text)
         for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
     ]
-    branches = {
-        address: (int(branch.group(2), 16), bool(branch.group(1)))
-        for address, text in instructions
-        if (branch := re.search(r"^(@\S+ )?BRA\b.*?0x([0-9a-f]+)", text))
-    }
-    loops = [(target, address) for address, (target, _) in branches.items() if target <= address]
-    shortest: list[int] | None = None
-    for first, last in loops:
-        body = [(address, text) for address, text in instructions if first <= address <= last]
-        if not any(re.search(r"\b(?:[HIQO]|HG|UTC\w)MMA\b", text) for _, text in body):
-            continue
-        passed, resume = [], first
-        for address, _ in body:
-            if address < resume:
-                continue
-            passed.append(address)
-            target, conditional = branches.get(address, (0, False))
-            if conditional and address < target <= last:
-                resume = target
-        if shortest is None or len(passed) < len(shortest):
-            shortest = passed
-    return None if shortest is None else len(shortest)
+    place = {address: i for i, (address, _) in enumerate(code)}
+    jumps: dict[int, tuple[int, bool]] = {}  # place -> (place, is conditional)
+    for i, (_, text) in enumerate(code):
+        if branch := re.search(r"^(@\S+ +)?BRA\b(.*?)0x([0-9a-f]+)", text):
+            conditional = bool(branch.group(1)) or "UP" in branch.group(2)
+            jumps[i] = place[int(branch.group(3), 16)], conditional
+    matrix = [i for i, (_, text) in enumerate(code) if re.search(MATRIX_INSTRUCTION, text)]
+    loops = [
+        (last - first, first, last)
+        for last, (first, conditional) in jumps.items()
+        if conditional and any(first <= i <= last for i in matrix)
+    ]
+    if not loops:
+        return None
+    _, first, last = min(loops)
+    steps = {first: 1}
+    queue = [first]
+    for i in queue:
+        target, conditional = jumps.get(i, (i + 1, False))
+        for following in (target, i + 1) if conditional else (target,):
+            if first <= following <= last and following not in steps:
+                steps[following] = steps[i] + 1
+                queue.append(following)
+    return steps[last]
 
 
 def tensor_core_kind(ptx: str) -> str:

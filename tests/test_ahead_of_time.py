@@ -226,6 +226,12 @@ def test_instructions_of_a_tile():
     assert instructions_per_tile(sass(*skips, "@!P0 BRA 0x0")) == 4
     outer = ("UTCHMMA R4", "FADD R1, R1, R1", "@!P0 BRA 0x10", "HMMA R4", "@P0 BRA 0x30", "BRA 0x0")
     assert instructions_per_tile(sass(*outer)) == 2
+    # What is seldom needed lies apart, and jumps back.
+    apart = ("FADD R1, R1, R1", "@P1 BRA 0x40", "HMMA R4", "@P0 BRA 0x0", "FMUL R1, R1, R1")
+    assert instructions_per_tile(sass(*apart, "BRA 0x20")) == 4
+    inside = ("MOV R1, R2", "@P1 BRA 0x50", "FADD R1, R1, R1", "HMMA R4", "BRA 0x70")
+    inside += ("FMUL R1, R1, R1", "BRA 0x20", "BRA.U UP0, 0x0")
+    assert instructions_per_tile(sass(*inside)) == 6
 
 
 def test_a_load_is_under_way_until_a_register_of_it_is_named():
