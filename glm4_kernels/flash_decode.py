@@ -7,10 +7,10 @@ that sees none gives out = 0 and lse = -inf. Keys live in pages; key t of sequen
 `block_table[b, t // page_size]`, offset `t % page_size`. A quantised cache has a scale per token
 and head: k = k_scale * k_cache, folded into s; v = v_scale * v_cache, folded into p.
 
-Two stages: the group's query heads (times Q) form one tile, so that a KV head is read once. A fixed
-number of programs takes runs of keys, shared out by `decode_schedule` (partial); the results of a
-sequence that several programs had are merged by lse in a fixed order (combine), one that a single
-program had it writes itself.
+Two stages: the group's query heads (times Q) form one tile, so that a KV head is read once (for
+more rows than its registers hold, several: `row_tiles`). A fixed number of programs takes runs of
+keys, shared out by `decode_schedule` (partial); the results of a sequence that several programs had
+are merged by lse in a fixed order (combine), one that a single program had it writes itself.
 
 Rounding points: s, p, lse and all sums in fp32 (the kernel rounds p, or p v_scale, to the dtype of
 q for the tensor cores; the reference does not); one rounding of out to the dtype of q.

@@ -14,6 +14,7 @@ import glm4_kernels as gk
 from glm4_kernels.decode_schedule import (
     launch_decode_schedule,
     parts_of,
+    row_tiles,
 )
 from glm4_kernels.extension import buffer, build_info, extension
 from glm4_kernels.flash_decode import (
@@ -22,6 +23,7 @@ from glm4_kernels.flash_decode import (
     flash_decode_cpu,
     flash_decode_reference,
     launch_flash_decode,
+    launch_plan,
 )
 from glm4_kernels.library import raise_device_errors
 
@@ -367,6 +369,20 @@ WRITTEN = ("q", "k_cache", "v_cache", "block_table", "seq_lens")
 
 def written(p: Problem) -> list[Tensor]:
     return [getattr(p, name) for name in WRITTEN]
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_query_rows_are_padded_little(capability):
+    """One query of GLM-4's groups to no more than the next 16; any number of rows to less than
+    twice as many, or 8, in as many tiles as `programs_per_kv_head` reckons with."""
+    for n_rows in range(1, 257):
+        for kv_bytes in (1, 2):
+            block_m, *_ = launch_plan(n_rows, 2, kv_bytes, capability)
+            padded = -(-n_rows // block_m) * block_m
+            assert padded < max(2 * n_rows, 9)
+            assert padded // block_m <= row_tiles(n_rows, capability, kv_bytes == 1)
+            if n_rows in (6, 8, 12, 16, 24):
+                assert padded <= -(-n_rows // 16) * 16
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 128, 256])
