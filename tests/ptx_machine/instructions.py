@@ -7,6 +7,7 @@ gives a step: (warp, lanes it is done in) -> None.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 
@@ -47,8 +48,10 @@ OF_FLOATS: dict[str, Callable[..., Array]] = {
     "mul": np.multiply,
     "div": np.divide,
     "fma": lambda a, b, c: a * b + c,
-    "max": np.fmax,
-    "min": np.fmin,
+    "max": lambda *values: reduce(np.fmax, values),  # of two, or of three
+    "min": lambda *values: reduce(np.fmin, values),
+    "max.NaN": lambda *values: reduce(np.maximum, values),
+    "min.NaN": lambda *values: reduce(np.minimum, values),
     "neg": np.negative,
     "abs": np.abs,
     "ex2": np.exp2,
@@ -91,7 +94,7 @@ def arithmetic(name: str, modifiers: list[str], operands: list[str]) -> Step:
     kind = modifiers[-1]
     if kind in INTEGERS or kind == "pred":
         return lane_by_lane(operands, TYPES[kind], OF_INTEGERS[name])
-    function = getattr(np, f"{name}imum") if "NaN" in modifiers else OF_FLOATS[name]
+    function = OF_FLOATS[f"{name}.NaN" if "NaN" in modifiers else name]
     flush = flushed if "ftz" in modifiers else lambda x: x
 
     def fp32(*values: Array) -> Array:
@@ -108,7 +111,10 @@ def arithmetic(name: str, modifiers: list[str], operands: list[str]) -> Step:
         pairs = [halves(value) for value in values]
         return packed(*(half(*(pair[i] for pair in pairs)) for i in range(2)))
 
-    computes = {"f64": function, "f32": fp32, "f16": half, "bf16": half}
+    def two_fp32(*values: Array) -> Array:
+        return fp32(*(value.view(np.float32) for value in values)).view(np.uint64)
+
+    computes = {"f64": function, "f32": fp32, "f32x2": two_fp32, "f16": half, "bf16": half}
     return lane_by_lane(operands, TYPES[kind], computes.get(kind, two_halves))
 
 

@@ -21,6 +21,7 @@ TYPES: dict[str, np.dtype] = {
     "f64": np.dtype(np.float64),
     **dict.fromkeys(("f16", "bf16", "e4m3x2"), np.dtype(np.uint16)),
     **dict.fromkeys(("f16x2", "bf16x2"), np.dtype(np.uint32)),
+    "f32x2": np.dtype(np.uint64),
     "pred": np.dtype(np.bool_),
 }
 U32, U64, F32, PREDICATE = (TYPES[name] for name in ("u32", "u64", "f32", "pred"))
