@@ -181,6 +181,21 @@ def permute(modifiers: list[str], operands: list[str]) -> Step:
     return lane_by_lane(operands, U32, function)
 
 
+def logic_of_three(modifiers: list[str], operands: list[str]) -> Step:
+    """lop3: bit i of the table is what a, b, c give whose bits together are i."""
+    table = int(operands[4], 0)
+
+    def function(a: Array, b: Array, c: Array) -> Array:
+        result = np.zeros(LANES, np.uint32)
+        for i in range(8):
+            if table >> i & 1:
+                bits = zip((4, 2, 1), (a, b, c), strict=True)
+                result |= np.bitwise_and.reduce([x if i & bit else ~x for bit, x in bits])
+        return result
+
+    return lane_by_lane(operands[:4], U32, function)
+
+
 def compare(modifiers: list[str], operands: list[str]) -> Step:
     """setp; of floats ordered, or unordered ("neu"): true where one is NaN."""
     comparison, kind = modifiers

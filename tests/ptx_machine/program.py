@@ -28,6 +28,7 @@ CONTROL = ("bra", "ret", "bar.sync", "cp.async.commit_group", "cp.async.wait_gro
 MAKERS = {
     "bfe": instructions.bit_field,
     "prmt": instructions.permute,
+    "lop3": instructions.logic_of_three,
     "setp": instructions.compare,
     "selp": instructions.select,
     "mov": instructions.move,
