@@ -2,7 +2,8 @@
 
 Ours reads pages whose table and lengths are on the device. The schedule of a step, shared by its
 layers, is made beforehand (bench_decode_schedule times it); a second contender makes it in each
-call. The peers read K and V in bf16, contiguous, already gathered and dequantised.
+call, others have more or fewer programs than `programs_per_kv_head` says. The peers read K and V in
+bf16, contiguous, already gathered and dequantised; over one new token a sequence, not several.
 
     torch SDPA          one length for the whole batch, known to the host: PyTorch's choice of
                         backend, flash and cuDNN; `rows` gives it the query heads of a group as rows
@@ -32,9 +33,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import Case
 from benchmarks.shapes import SHAPES
-from glm4_kernels.decode_schedule import decode_schedule
+from glm4_kernels.decode_schedule import decode_schedule, launch_decode_schedule
 from glm4_kernels.flash_decode import flash_decode, flash_decode_reference, launch_flash_decode
 from glm4_kernels.huge_pages import zeros_in_huge_pages
+from glm4_kernels.library import multiprocessor_count
 
 DTYPE, PAGE_SIZE = torch.bfloat16, 64
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
@@ -44,6 +46,7 @@ TOLERANCE = torch.finfo(DTYPE).eps  # p and out are rounded once, each by at mos
 K = 1024
 # Many short sequences beside few long ones: 16 of 1K to 128K.
 RAGGED = [K << (7 * i // 15) for i in range(16)]
+PROGRAMS = (1, 2, 3, 4)  # on a multiprocessor
 SIZES: dict[str, list[tuple[str, list[int], torch.dtype]]] = {  # model, lengths, cache
     "cuda": [
         *(("glm-4-9b", [n * K], DTYPE) for n in (8, 32, 128, 256)),
@@ -72,9 +75,19 @@ def cases(device: torch.device) -> Iterator[Case]:
         if cache_dtype == FP8 and torch.cuda.get_device_capability(device) < (8, 9):
             continue
         yield case(model, lengths, cache_dtype, device)
+    if device.type == "cuda":  # speculative verification
+        for cache_dtype in (DTYPE, INT8):
+            for n_queries in (4, 8):
+                yield case("glm-4-9b", [128 * K], cache_dtype, device, n_queries)
 
 
-def case(model: str, lengths: list[int], cache_dtype: torch.dtype, device: torch.device) -> Case:
+def case(
+    model: str,
+    lengths: list[int],
+    cache_dtype: torch.dtype,
+    device: torch.device,
+    n_queries: int = 1,
+) -> Case:
     shape = SHAPES[model]
     scale = shape.head_dim**-0.5
     batch, longest = len(lengths), max(lengths)
@@ -82,7 +95,8 @@ def case(model: str, lengths: list[int], cache_dtype: torch.dtype, device: torch
     quantised = cache_dtype in LARGEST
 
     def inputs() -> tuple:
-        q = torch.randn(batch, shape.heads, shape.head_dim, dtype=DTYPE, device=device)
+        rows = (batch, shape.heads) if n_queries == 1 else (batch, n_queries, shape.heads)
+        q = torch.randn(*rows, shape.head_dim, dtype=DTYPE, device=device)
         sizes = (batch, shape.kv_heads, longest, shape.head_dim)
         if device.type == "cuda":  # heads inside tokens, as the GPU peers like it
             sizes = (batch, longest, shape.kv_heads, shape.head_dim)
@@ -98,9 +112,16 @@ def case(model: str, lengths: list[int], cache_dtype: torch.dtype, device: torch
             scales = tuple(paged(s, table).squeeze(-1) for s in (k_scale, v_scale))
         k_cache, v_cache = paged(k_cache, table), paged(v_cache, table)
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-        schedule = decode_schedule(seq_lens, shape.heads, shape.kv_heads)
+        group = (shape.heads, shape.kv_heads, n_queries)
+        schedules = tuple(
+            launch_decode_schedule(
+                seq_lens, *group, programs=n * multiprocessor_count(device) // shape.kv_heads
+            )
+            for n in (PROGRAMS if device.type == "cuda" else ())
+        )
         paging = (table.int().view(batch, pages), seq_lens)
-        return q, k_cache, v_cache, *paging, *scales, schedule, k, v
+        schedule = decode_schedule(seq_lens, *group)
+        return q, k_cache, v_cache, *paging, *scales, schedule, schedules, k, v
 
     def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
         step = x.float().abs().amax(-1, keepdim=True) / LARGEST[cache_dtype]
@@ -128,6 +149,13 @@ def case(model: str, lengths: list[int], cache_dtype: torch.dtype, device: torch
         arguments = (q, k_cache, v_cache, table, seq_lens, scale, k_scale, v_scale)
         return launch_flash_decode(*arguments, schedule, pdl=True)[0]
 
+    def with_programs(i: int) -> Callable[..., Any]:
+        def call(q, k_cache, v_cache, table, seq_lens, k_scale, v_scale, _, schedules, *rest):
+            arguments = (q, k_cache, v_cache, table, seq_lens, scale, k_scale, v_scale)
+            return launch_flash_decode(*arguments, schedules[i])[0]
+
+        return call
+
     def eager(q, k_cache, v_cache, table, seq_lens, k_scale, v_scale, *_) -> Tensor:
         arguments = (q, k_cache, v_cache, table, seq_lens, scale, k_scale, v_scale)
         return flash_decode_reference(*arguments)[0]
@@ -141,10 +169,13 @@ def case(model: str, lengths: list[int], cache_dtype: torch.dtype, device: torch
         contenders["glm4_kernels, batch-invariant"] = invariant
         if torch.cuda.get_device_capability(device) >= (9, 0):
             contenders["glm4_kernels, dependent launch"] = dependent
+        for i, n in enumerate(PROGRAMS):
+            contenders[f"glm4_kernels, {n} programs a multiprocessor"] = with_programs(i)
+    if device.type == "cuda" and n_queries == 1:
         contenders |= gpu_peers(lengths, scale)
         if not quantised:
             contenders["flashinfer"] = flashinfer(shape.kv_heads, lengths, scale)
-    if min(lengths) == longest:
+    if min(lengths) == longest and n_queries == 1:
         contenders |= sdpa_peers(shape.kv_heads, scale, device)
     token_bytes = shape.head_dim * cache_dtype.itemsize + (4 if quantised else 0)
     context = (
@@ -152,9 +183,10 @@ def case(model: str, lengths: list[int], cache_dtype: torch.dtype, device: torch
         if min(lengths) == longest
         else f"{min(lengths) // K}K to {longest // K}K"
     )
+    queries = "" if n_queries == 1 else f", {n_queries} queries"
     return Case(
         op="flash_decode",
-        label=f"{model}, batch {batch}, {context} keys{NAMES[cache_dtype]}",
+        label=f"{model}, batch {batch}{queries}, {context} keys{NAMES[cache_dtype]}",
         bytes_moved=2 * sum(lengths) * shape.kv_heads * token_bytes,
         flops=0,
         inputs=inputs,

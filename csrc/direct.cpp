@@ -405,6 +405,11 @@ PyObject* flash_decode(const Given& args) {
     fits(batch > 0 && q.strides[q.dims - 1] == 1 && k.shape[3] == d);
     fits(k.dtype == q.dtype || is_quantised(k.dtype));
     fits(same_shape(v, k) && v.dtype == k.dtype && k.strides[3] == 1 && v.strides[3] == 1);
+    for (const Tensor& cache : {k, v}) {
+        const int64_t* strides = cache.strides;
+        fits(!is_quantised(cache.dtype) ||
+             (strides[0] | strides[1] | strides[2] | int64_t(cache.buffer.first)) % 2 == 0);
+    }
     fits(block_table.dims == 2 && block_table.shape[0] == batch);
     fits(block_table.dtype == DType::int32 && block_table.strides[1] == 1);
     fits(seq_lens.has_shape(batch) && seq_lens.dtype == DType::int32);

@@ -25,8 +25,9 @@ from ptx_machine.numbers import (
 from ptx_machine.state import Step, Warp, address, listed, source, target, together
 
 ROW, PAIR = LANE // 4, 2 * (LANE % 4)  # of a lane in an 8 x 8 matrix: its row, its two columns
-SWIZZLED = {1: 0x380, 2: 0x180, 3: 0x80}  # bits of an address that permute its 16-byte pieces
-ROW_BYTES = {1: 128, 2: 64, 3: 32}
+# By mode of a descriptor: bits of an address that permute its 16-byte pieces, bytes of a row.
+SWIZZLED = {0: 0, 1: 0x380, 2: 0x180, 3: 0x80}
+ROW_BYTES = {0: 16, 1: 128, 2: 64, 3: 32}
 
 
 def matrices(name: str, modifiers: list[str], operands: list[str]) -> Step:
@@ -85,11 +86,11 @@ def multiply_matrices(modifiers: list[str], operands: list[str]) -> Step:
 
 def described(warp: Warp, descriptor: int, major: int, transposed: bool) -> Array:
     """[major, 16] uint16 of a tile in shared memory whose rows (transposed: columns) lie in atoms
-    of eight times 128, 64 or 32 bytes."""
+    of eight times 128, 64, 32 or 16 bytes."""
     start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
     mode = descriptor >> 62
-    if mode == 0:
-        raise MachineError("a matrix descriptor without swizzle is not known")
+    if mode == 0 and transposed:
+        leading, stride = stride, leading
     n_bytes, memory = ROW_BYTES[mode], warp.block.shared.bytes
     i, j = np.indices((major, 16))
     along, across = (2 * i, j) if transposed else (2 * j, i)
