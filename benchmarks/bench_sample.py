@@ -5,8 +5,8 @@
     FlashInfer              top-k and top-p by rejection, where it is installed; it draws numbers of
                             its own, so only where all samplers must agree
 
-Logits are `predictable` (a few hundred tokens matter, as in a text), `certain` (one has more than
-p), or `flat`, where most of the vocabulary stays. One other token than the oracle's is an error.
+Logits are `predictable` (top-p keeps tens of tokens), `certain` (one has more than p), or `flat`,
+where a third of the vocabulary stays. One other token than the oracle's is an error.
 """
 
 from __future__ import annotations

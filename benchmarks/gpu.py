@@ -77,7 +77,7 @@ def tests() -> Iterator[dict[str, Any]]:
         raise RuntimeError(f"{counts['failed']} tests failed")
 
 
-# A test file on a GPU takes up to two minutes. What takes this long hangs.
+# Far above the minute or two that a test file should take: what takes this long hangs.
 FILE_SECONDS = 300.0
 
 
@@ -110,7 +110,7 @@ def run_test_file(file: Path, *options: str) -> list[tuple[str, str, str]]:
         return outcomes
 
 
-# A case on a GPU takes a few seconds, compiling included. What takes this long hangs.
+# Far above the seconds that a case should take, compiling included: what takes this long hangs.
 CASE_SECONDS = 90.0
 
 # Ops by the stage that times them: decode attention alone fills one. None: all others.
@@ -258,7 +258,7 @@ def profile(plan: Plan, device: torch.device = CUDA) -> Iterator[dict[str, Any]]
         raise ValueError(f"no budget of {'; '.join(failed)}")
 
 
-# A prompt and its first token fit the model's context. A compiled transformers takes a minute.
+# A prompt and its first token fit the model's context.
 MODELS = {
     "model-9b": Plan("glm-4-9b-chat", first_tokens=(1024, 32768, 130048)),
     "model-9b-0414": Plan(

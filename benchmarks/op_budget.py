@@ -51,15 +51,19 @@ def watched_ops(glm: model.Model, watch: Watch) -> Iterator[None]:
 
 @contextmanager
 def timed_ops(glm: model.Model) -> Iterator[Times]:
-    """Seconds of every call inside the block."""
+    """Seconds of every call inside the block, less those of watched calls within it."""
     times: Times = {}
+    within = 0.0  # of the calls that ended inside the one under way
 
     def timed(name: Callable[[tuple], str], function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal within
+            before, within = within, 0.0
             began = time.perf_counter()
             result = function(*args, **kwargs)
             took = time.perf_counter() - began
-            times.setdefault(name(args), []).append(took)
+            times.setdefault(name(args), []).append(took - within)
+            within = before + took
             return result
 
         return call

@@ -44,12 +44,17 @@ def decode_advance_reference(
 
     column, offset = positions // page_size, positions % page_size
     with_pages = torch.nn.functional.pad(block_table, (0, 1), value=-1)
-    page = with_pages.gather(1, column.clamp(max=block_table.shape[1])[:, None])[:, 0]
+    page = with_pages.gather(1, _within(column, block_table.shape[1])[:, None])[:, 0]
     slot = torch.where(page >= 0, page * page_size + offset, -2)
     slots.copy_(torch.where(running, slot, -1))
 
     with_numbers = torch.nn.functional.pad(uniforms, (0, 1))
-    uniform.copy_(with_numbers.gather(1, n_drawn.clamp(max=uniforms.shape[1])[:, None])[:, 0])
+    uniform.copy_(with_numbers.gather(1, _within(n_drawn, uniforms.shape[1])[:, None])[:, 0])
+
+
+def _within(index: Tensor, end: int) -> Tensor:
+    """The index, or `end` for one that is not below it, or negative."""
+    return index.where((index >= 0) & (index < end), end)
 
 
 @triton.jit
@@ -91,10 +96,10 @@ def _decode_advance_kernel(
     position += one
     drawn += one
     column = position // PAGE_SIZE
-    paged = running & (column < n_pages)
+    paged = running & (position >= 0) & (column < n_pages)
     page = tl.load(block_table_ptr + rows * stride_table_row + column, mask=paged, other=-1)
     slot = tl.where(page >= 0, page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE, -2)
-    numbered = mask & (drawn < n_uniforms)
+    numbered = mask & (drawn >= 0) & (drawn < n_uniforms)
     uniform = tl.load(uniforms_ptr + rows * stride_uniforms_row + drawn, mask=numbered, other=0.0)
 
     tl.store(tokens_ptr + rows, tl.maximum(chosen, 0), mask=mask)

@@ -32,6 +32,7 @@ One small program computes it, in a few microseconds a step; nothing here is per
 
 from __future__ import annotations
 
+import functools
 from contextlib import suppress
 
 import torch
@@ -47,11 +48,14 @@ MAX_QUERIES = 8
 MAX_GROUP = 32
 
 
+cuda_capability = functools.cache(torch.cuda.get_device_capability)
+
+
 def capability(device: torch.device) -> int:
     """90 for sm_90, which CPU tensors get too (see `multiprocessor_count`). Meta tensors get what
     Triton compiles for, so that an ahead-of-time compile sees the launch of that GPU."""
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
+        major, minor = cuda_capability(device)
         return 10 * major + minor
     if device.type == "meta":
         with suppress(RuntimeError):  # no driver
@@ -67,7 +71,7 @@ def row_tiles(n_rows: int, capability: int, quantized: bool = False) -> int:
 
 
 def programs_per_kv_head(n_rows: int, n_kv_heads: int, device: torch.device) -> int:
-    """P: two programs share a multiprocessor up to 32 query rows, beyond that one has it."""
+    """P: two programs share a multiprocessor up to 32 query rows each, beyond that one has it."""
     tiles = row_tiles(n_rows, capability(device))
     per_multiprocessor = 2 if n_rows <= 32 * tiles else 1
     return max(1, multiprocessor_count(device) * per_multiprocessor // (n_kv_heads * tiles))

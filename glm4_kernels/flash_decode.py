@@ -167,7 +167,7 @@ E4M3_TO_BF16 = tl.constexpr(
 @triton.jit
 def _low_and_high(x, dtype: tl.constexpr, FP8: tl.constexpr):
     """The two bytes of int16s, int8 or e4m3, as `dtype`. For bf16 in as few instructions as it
-    takes, two registers at a time: half of what a tile of a quantised cache costs."""
+    takes, two registers at a time."""
     if COMPILED and dtype == tl.bfloat16:
         low, high = tl.inline_asm_elementwise(
             E4M3_TO_BF16 if FP8 else INT8_TO_BF16,
@@ -501,8 +501,8 @@ def launch_plan(
     than 100 KB. Beyond 32 rows one program of 8 warps has it.
 
     Rows are padded to a power of two from 8 on: to no more than the next 16 for the groups of
-    GLM-4 and one query. Two tiles a program, 32 + 16 rows for 48, would cost more than the padding:
-    511 instructions a warp and 64 keys, not 417 (sm_90, bf16, 4 warps, Triton 3.9).
+    GLM-4 and one query. Two tiles a program, 32 + 16 rows for 48, compile to more instructions than
+    the padding, and spill.
 
     Args:
         n_rows: query rows that share a KV head, Q * group.

@@ -19,8 +19,8 @@ u lies within 2 sum(errors) / sum m of an end of its share; some 1e-6.
 Nothing is sorted. Columns go in blocks of 64, whose maxima come first. They tell which blocks can
 hold a token that is kept: one not below the k-th largest maximum, which is at most the k-th largest
 s; or, with top-p alone, not below (1 - top_p) / 2V of the largest m, since all that are weigh less
-than D. The threshold is bisected over integers in the order of s, among those candidates: about k,
-or hundreds of 151,552 where a text is predictable; all of them where it is not at all.
+than D. The threshold is bisected over integers in the order of s, among those candidates: few where
+a text is predictable, all where it is not at all.
 
 Bytes moved: V * itemsize a row, and V more for `seen`; read twice, and then candidates'
 blocks, from the cache.
@@ -628,7 +628,7 @@ def sample(
 
     Returns:
         [B] int64; -1 for a row that holds NaN, infinity, or nothing but -infinity, once penalised.
-        The same on every device and with any number of threads.
+        However the work is sliced, by device or threads, it is the same.
 
     Raises:
         ValueError, TypeError: the message names the argument.

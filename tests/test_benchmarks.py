@@ -21,6 +21,7 @@ from conftest import uses_gpu
 from recorded_graphs import RecordedGraphs
 
 import glm4
+import glm4_kernels as gk
 from benchmarks import (
     bench_flash_decode,
     cpu_model,
@@ -28,6 +29,7 @@ from benchmarks import (
     harness,
     libraries,
     model_bench,
+    op_budget,
     quality,
     quantized,
     report,
@@ -893,6 +895,18 @@ def test_heat_result(heat_result):
         assert [ops[kind]["calls"] for kind in ("qkv", "o", "gate_up", "down")] == [layer_ops] * 4
         assert ops["lm_head"]["calls"] == 1
         assert 0 < budgets[phase]["rest_us"] < 1e3 * budgets[phase]["ms"]
+
+
+def test_an_op_within_another_counts_once(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(op_budget.time, "perf_counter", lambda: next(clock))
+    model = SimpleNamespace(lm_head=None, blocks=[])
+    monkeypatch.setattr(op_budget.gk, "swiglu", lambda: None)
+    monkeypatch.setattr(op_budget.gk, "rms_norm", lambda: (gk.swiglu(), gk.swiglu()))
+    with op_budget.timed_ops(model) as times:
+        gk.rms_norm()
+        gk.swiglu()
+    assert times == {"swiglu": [1, 1, 1], "rms_norm": [3]}
 
 
 def test_heat_takes_the_layers_that_fit():

@@ -55,6 +55,14 @@ def test_compiled_kernels(architecture):
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
 
 
+def test_shared_memory_has_no_bank_conflicts():
+    for architecture, launches in run_without_interpreter(HERE / "memory_traffic.py").items():
+        for name, counts in launches.items():
+            assert counts["shared wavefronts"] == counts["shared phases"] > 0, (architecture, name)
+            if "norm" in name:
+                assert counts["global bytes"] == 32 * counts["global sectors"], (architecture, name)
+
+
 @pytest.fixture(scope="module")
 def found():
     """What the machine says of faulty_launches.py."""

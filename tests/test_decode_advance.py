@@ -91,6 +91,16 @@ def test_matches_reference(kernel, sizes):
     assert advanced(kernel, arguments) == advanced(KERNELS[-1], arguments)
 
 
+@each_kernel
+def test_counts_out_of_range_reach_nothing(kernel):
+    arguments = made([3, 4, 5])
+    arguments["positions"] = torch.tensor([-1000, 2**40, -2])
+    arguments["n_drawn"] = torch.tensor([-9, 2**40, -2])
+    now = advanced(kernel, arguments)
+    assert now["slots"] == [-2] * 3
+    assert now["uniform"] == [0.0] * 3
+
+
 @pytest.mark.parametrize(
     "error, message, change",
     [

@@ -339,8 +339,7 @@ static void multiply_panel(const QuantizedMatmul& problem, const Activations& a,
 
 // A weight of so many bytes that is read once a call is not in cache at the next one: a model has
 // some hundred like it. Left in L2 and L3 it would only push out what the ops between two matrices
-// need. Without that an int4 matrix itself takes 6 % less time, and a decode step of GLM-4-9B 7 %
-// (two Zen 5 cores).
+// need.
 constexpr int64_t STREAMED_BYTES = 6 << 20;
 
 template <int BITS, bool GROUPED>

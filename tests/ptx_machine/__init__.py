@@ -52,17 +52,17 @@ def bits_of(number: int | float, dtype: np.dtype) -> Any:
 
 @contextmanager
 def executed_on_cpu(
-    capability: int, events: Events | None = None, traffic: Counter[str] | None = None
-) -> Iterator[Counter[str]]:
-    """Launches inside the block run here; what is yielded counts instructions by opcode, a warp's
-    as one.
+    capability: int, events: Events | None = None, counts: Counter[str] | None = None
+) -> Iterator[None]:
+    """Launches inside the block run here.
 
     Args:
-        traffic: counts, if given, what a warp's accesses touch ("global bytes") and move ("global
-            sectors", of 32 bytes), and how often shared memory is read or written ("shared
-            wavefronts"), without bank conflicts once a phase ("shared phases").
+        counts: counts, if given, the instructions of warps; what their accesses touch ("global
+            bytes") and move ("global sectors", of 32 bytes); and how often shared memory is read or
+            written ("shared wavefronts"), without bank conflicts once a phase ("shared phases");
+            but not what wgmma reads there.
     """
-    events, executed, launch_on_gpu = events or Events(), Counter[str](), JITFunction.run
+    events, launch_on_gpu = events or Events(), JITFunction.run
 
     def execute(kernel: Any, *args: Any, grid: Any, **kwargs: Any) -> None:
         with mock.patch.object(JITFunction, "run", launch_on_gpu):
@@ -76,7 +76,7 @@ def executed_on_cpu(
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
         values = [given[name] for name, kind in launch.signature.items() if kind != "constexpr"]
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        memory = GlobalMemory(tensors, traffic)
+        memory = GlobalMemory(tensors, counts)
         numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
         numbers += [0] * (len(program.parameters) - len(numbers))  # scratch that no kernel uses
         parameters = {
@@ -87,10 +87,8 @@ def executed_on_cpu(
         indices = [index[::-1] for index in np.ndindex(sizes[::-1])]
         with np.errstate(all="ignore"):
             for index in indices[:: 1 if events.forward else -1]:
-                shared = SharedMemory(shared_bytes, traffic)
-                run_block(
-                    program, Block(memory, shared, parameters, index, sizes, events, executed)
-                )
+                shared = SharedMemory(shared_bytes, counts)
+                run_block(program, Block(memory, shared, parameters, index, sizes, events, counts))
 
     with mock.patch.object(JITFunction, "run", execute):
-        yield executed
+        yield

@@ -114,7 +114,7 @@ def step_of(opcode: str, operands: list[str]) -> Step:
 
 def run_warp(program: Program, warp: Warp) -> Iterator[None]:
     """Executes a warp; yields at every barrier. Of lanes that are apart, those behind go first."""
-    executed = warp.block.executed
+    counts = warp.block.counts
     here, lanes = 0, EVERY
     apart: dict[int, Array] = {}  # other lanes, by where they are
     while True:
@@ -124,7 +124,8 @@ def run_warp(program: Program, warp: Warp) -> Iterator[None]:
             name, wanted = instruction.guard
             active = lanes & (warp.registers[name] == wanted)
             active = EVERY if active.all() else active
-        executed[instruction.opcode] += 1
+        if counts is not None:
+            counts["instructions"] += 1
         try:
             if instruction.step is not None:
                 if active is EVERY or active.any():

@@ -30,8 +30,8 @@ REGISTERS = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64}
 class GlobalMemory:
     """The memory of the tensors that a launch was given."""
 
-    def __init__(self, tensors: list[torch.Tensor], traffic: Counter[str] | None) -> None:
-        self.traffic = traffic
+    def __init__(self, tensors: list[torch.Tensor], counts: Counter[str] | None) -> None:
+        self.counts = counts
         storages = [tensor.untyped_storage() for tensor in tensors]
         extents = sorted({(s.data_ptr(), s.nbytes()) for s in storages if s.nbytes()})
         self.starts = [start for start, _ in extents]
@@ -57,10 +57,10 @@ class GlobalMemory:
             put(self.storages[i], addresses[mine] - self.starts[i], values[mine])
 
     def _storages_of(self, addresses: Array, size: int) -> Array:
-        if self.traffic is not None:
+        if self.counts is not None:
             distinct = np.unique(addresses[:, None] + np.arange(size))
-            self.traffic["global bytes"] += len(distinct)
-            self.traffic["global sectors"] += len(np.unique(distinct // 32))
+            self.counts["global bytes"] += len(distinct)
+            self.counts["global sectors"] += len(np.unique(distinct // 32))
         which = np.searchsorted(self.starts, addresses, "right") - 1
         if (which < 0).any():
             raise MachineError("an address that lies in no tensor of the launch")
@@ -70,8 +70,8 @@ class GlobalMemory:
 class SharedMemory:
     """32 banks of 4 bytes: words of one bank are read one after the other."""
 
-    def __init__(self, n_bytes: int, traffic: Counter[str] | None) -> None:
-        self.bytes, self.traffic = np.full(n_bytes, POISON, dtype=np.uint8), traffic
+    def __init__(self, n_bytes: int, counts: Counter[str] | None) -> None:
+        self.bytes, self.counts = np.full(n_bytes, POISON, dtype=np.uint8), counts
 
     def load(self, addresses: Array, size: int) -> Array:
         self._count(addresses, size)
@@ -82,13 +82,13 @@ class SharedMemory:
         put(self.bytes, addresses, values)
 
     def _count(self, addresses: Array, size: int) -> None:
-        if self.traffic is None:
+        if self.counts is None:
             return
         lanes = 128 // max(size, 4)  # at a time
         for first in range(0, len(addresses), lanes):
             some = addresses[first : first + lanes, None] + np.arange(0, size, 4)
-            self.traffic["shared phases"] += 1
-            self.traffic["shared wavefronts"] += np.bincount(np.unique(some // 4) % 32).max()
+            self.counts["shared phases"] += 1
+            self.counts["shared wavefronts"] += int(np.bincount(np.unique(some // 4) % 32).max())
 
 
 def at(memory: Array, offsets: Array, size: int) -> Array:
@@ -129,7 +129,7 @@ class Block:
     index: tuple[int, ...]
     grid: tuple[int, ...]
     events: Events
-    executed: Counter[str]
+    counts: Counter[str] | None
 
 
 @dataclass
