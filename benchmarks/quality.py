@@ -24,7 +24,7 @@ from torch import Tensor
 
 import glm4
 import glm4_kernels as gk
-from glm4.checkpoint import DEMO
+from glm4.hub import DEMO
 from glm4.model import Config, Model, Weight
 from glm4.quantization_policy import INT8, LINEAR, POLICIES, Form, Policy, preparer
 

@@ -143,8 +143,11 @@ def env(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Continues a text, as it comes, on stdout; then says on stderr how fast that was."""
-    from glm4.checkpoint import find_folder, load, progress_bar, read_config
+    from glm4.checkpoint import load
+    from glm4.config_json import read_config
     from glm4.generation import stream
+    from glm4.hub import find_folder
+    from glm4.progress import progress_bar
     from glm4.sampling import Sampling
     from glm4.tokenizer import TextStream, Tokenizer
 

@@ -26,18 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glm4.checkpoint import (
-    FIELDS,
-    Checkpoint,
-    examine,
-    find_folder,
-    names_on_disk,
-    progress_bar,
-    read_into,
-    resolve_device,
-    warn_of_theta,
-)
+from glm4.checkpoint import Checkpoint, examine, names_on_disk, read_into, resolve_device
+from glm4.config_json import FIELDS, warn_of_theta
+from glm4.hub import find_folder
 from glm4.model import Config, Weight
+from glm4.progress import progress_bar
 from glm4.quantization_config import Scheme, write_quantization
 from glm4.quantization_policy import LINEAR, Form, preparer
 from glm4.quantized_checkpoint import Codes, pack_quantized

@@ -15,7 +15,7 @@ from checkpoints import SIZES, split_into_shards, write_checkpoint, write_json
 from safetensors.torch import load_file, save_file
 
 import glm4
-from glm4.checkpoint import read_config
+from glm4.config_json import read_config
 
 ROPE = SIZES["rope_parameters"]
 OLD_STYLE = {"rope_parameters": None, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}

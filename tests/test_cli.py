@@ -18,7 +18,7 @@ from recorded_graphs import RecordedGraphs
 from rich.console import Console
 
 import glm4
-from glm4 import checkpoint, cli, decoder
+from glm4 import cli, decoder, hub, progress
 from glm4.cli import main
 from glm4.tokenizer import Tokenizer
 
@@ -169,7 +169,7 @@ def broken_tokenizer(folder):
 
 
 def tokenizer_of_a_larger_model(folder):
-    shutil.copy(checkpoint.DEMO / "tokenizer.json", folder)
+    shutil.copy(hub.DEMO / "tokenizer.json", folder)
 
 
 def long_prompt(folder):
@@ -344,10 +344,10 @@ def test_reader_that_leaves(endless):
 def test_progress_bar_shows_late_and_on_terminals(monkeypatch, terminal, seconds):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=terminal)
-    monkeypatch.setattr(checkpoint, "Console", lambda stderr: console)
+    monkeypatch.setattr(progress, "Console", lambda stderr: console)
     timer = threading.Timer
-    monkeypatch.setattr(checkpoint.threading, "Timer", lambda _, action: timer(0.1, action))
-    with checkpoint.progress_bar("Reading", 10) as show:
+    monkeypatch.setattr(progress.threading, "Timer", lambda _, action: timer(0.1, action))
+    with progress.progress_bar("Reading", 10) as show:
         show(3)
         time.sleep(seconds)
     assert ("Reading" in screen.getvalue()) == (terminal and seconds > 0)

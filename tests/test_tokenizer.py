@@ -7,7 +7,7 @@ from checkpoints import write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm4.checkpoint import DEMO
+from glm4.hub import DEMO
 from glm4.tokenizer import TextStream, Tokenizer
 
 DEMO_TOKENIZER = Tokenizer(DEMO)

@@ -8,7 +8,7 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
-from glm4.checkpoint import DEMO
+from glm4.hub import DEMO
 from glm4.tokenizer_model import SPECIAL, byte_letters, convert_tokenizer
 
 
