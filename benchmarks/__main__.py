@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import cpu_model, gpu, quality, quantized, report
+from benchmarks import cpu_model, gpu, quality, quantized, report, summary
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.harness import discover, run_cases
 from benchmarks.model_bench import PLANS, QUICK_PLAN, measure_model
@@ -59,9 +59,9 @@ def parser() -> argparse.ArgumentParser:
     )
     beside.add_argument("--force", action="store_true", help="run stages again that FILE holds")
 
-    tables = commands.add_parser("report", help="README tables and plots from committed results")
+    tables = commands.add_parser("report", help="tables and plots from committed results")
     tables.add_argument("results", metavar="RESULTS_DIR", type=Path)
-    tables.add_argument("--readme", type=Path, help="the file whose marked block to write")
+    tables.add_argument("--readme", type=Path, help="the file whose marked table to write")
     tables.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
     return top
 
@@ -198,7 +198,7 @@ def run_quality(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    """Writes plots and the README's block; with --check only compares the block."""
+    """Writes plots, RESULTS_DIR/README.md and the README's table; with --check only compares."""
     if not args.check:
         try:
             for written in report.plot(args.results):
@@ -206,18 +206,18 @@ def run_report(args: argparse.Namespace) -> int:
         except ImportError:
             console.print("skipped: plots: matplotlib is not installed")
     if args.readme is None:
-        print(report.markdown(args.results, args.results))
+        print(report.markdown(args.results))
         return 0
-    text = args.readme.read_text()
-    fresh = report.with_block(text, report.markdown(args.results, args.readme))
-    if args.check and fresh != text:
-        raise ValueError(
-            f"report: {args.readme} is out of date; run "
-            f"python -m benchmarks report {args.results} --readme {args.readme}"
-        )
-    if fresh != text:
-        args.readme.write_text(fresh)
-        console.print(f"wrote {args.readme}")
+    for file, fresh in summary.pages(args.results, args.readme).items():
+        if file.exists() and file.read_text() == fresh:
+            continue
+        if args.check:
+            raise ValueError(
+                f"report: {file} is out of date; run "
+                f"python -m benchmarks report {args.results} --readme {args.readme}"
+            )
+        file.write_text(fresh)
+        console.print(f"wrote {file}")
     return 0
 
 

@@ -33,6 +33,7 @@ from benchmarks import (
     quality,
     quantized,
     report,
+    summary,
     step_profile,
 )
 from benchmarks.__main__ import main
@@ -646,7 +647,7 @@ def test_report_of_the_peers(committed):
     result = {"provenance": ORIGIN, "quantized": {"o": stage}}
     (committed / "results" / "cpu" / "quantized.json").write_text(json.dumps(result))
     assert report_on(committed) == 0
-    text = (committed / "README.md").read_text()
+    text = (committed / "results" / "README.md").read_text()
     row = "| o 10 x 20 | 1 | 20.0 µs | plain bf16 | 40.0 µs | 2.00x | 50% | 30.0 µs | peer b | "
     assert row + "27.0 µs | 0.90x | 50% |" in text
     assert "torch 9.9" in text and "Skipped: openvino: not here." in text and "peer a" in text
@@ -668,7 +669,7 @@ def test_quality_and_its_tables(committed, tmp_path, monkeypatch):
     result["provenance"] = ORIGIN
     (committed / "results" / "cpu" / "quality.json").write_text(json.dumps(result))
     assert report_on(committed) == 0
-    text = (committed / "README.md").read_text()
+    text = (committed / "results" / "README.md").read_text()
     assert "| int4 | 4.59 | " in text and "| Laplace | " in text
 
 
@@ -812,7 +813,7 @@ def test_profile_of_a_step(monkeypatch, committed):
     folder = committed / "results" / "cpu"
     (folder / "profile.json").write_text(json.dumps({"provenance": ORIGIN, **result}))
     assert report_on(committed) == 0
-    text = (committed / "README.md").read_text()
+    text = (committed / "results" / "README.md").read_text()
     assert "Where a decode step of tiny goes: batch 3, 70 tokens cached" in text
     assert "| gate_up | 1 | " in text and "| aten::linear | 9 | " in text
 
@@ -831,7 +832,7 @@ def test_a_step_without_a_budget_costs_itself_alone(monkeypatch, committed):
     folder = committed / "results" / "cpu"
     (folder / "profile.json").write_text(json.dumps({"provenance": ORIGIN, **results[-1]}))
     assert report_on(committed) == 0
-    assert "| b | 1 | 1.0 | 100.0% |" in (committed / "README.md").read_text()
+    assert "| b | 1 | 1.0 | 100.0% |" in (committed / "results" / "README.md").read_text()
 
 
 def test_budget_of_other_kernels_is_an_error():
@@ -949,7 +950,7 @@ def committed(tmp_path, model_result, heat_result):
     result["ops"] = [result_of(doubling(peer=lambda x: x + x))]
     (folder / "cpu.json").write_text(json.dumps(result))
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.START}\n{report.END}\nafter\n")
+    readme.write_text("before\n<!-- benchmarks:start -->\n<!-- benchmarks:end -->\nafter\n")
     assert report_on(tmp_path) == 0
     return tmp_path
 
@@ -960,8 +961,7 @@ def report_on(repository, *more: str) -> int:
 
 
 def test_report_writes_the_tables(committed):
-    text = (committed / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    text = (committed / "results" / "README.md").read_text()
     for expected in (
         ORIGIN["device"],
         "| double | 1,000 values |",
@@ -976,13 +976,28 @@ def test_report_writes_the_tables(committed):
     assert report_on(committed, "--check") == 0
 
 
+def test_readme_has_ours_beside_the_best_peer_of_the_same_bits(committed, heat_result):
+    ours, slow, fast = ({"linear_bits": 4.6, "decode": {}, "prefill": {}} for _ in range(3))
+    for who, name, decode in ((ours, "glm4 int4", 30.0), (slow, "a", 10.0), (fast, "b", 20.0)):
+        who |= {"name": name, "decode": {"tokens_per_s": decode}}
+        who["prefill"] = {"tokens_per_s": 900 / decode}
+    alone = ours | {"name": "glm4 int8", "linear_bits": 8.0}
+    heat = {"model": "m", "layers": 2, "all_layers": False, "contenders": [ours, alone, slow, fast]}
+    assert list(summary.rows_of(heat)) == [
+        ("m, 2 layers, int4", "30", "20 (b)", "1.50x", "30", "90 (a)", "0.33x")
+    ]
+    text = (committed / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "[results/README.md](results/README.md)" in text
+
+
 def test_a_stage_that_did_not_end_is_told(committed):
     """From a tree that travelled without its history."""
     origin = ORIGIN | {"commit": None, "source_hash": "0123456789abcdef"}
     stage = {"stage": "kernels-small", "provenance": origin, "error": "did not end"}
     (committed / "results" / "cpu" / "kernels-small.json").write_text(json.dumps(stage))
     assert report_on(committed) == 0
-    text = (committed / "README.md").read_text()
+    text = (committed / "results" / "README.md").read_text()
     assert f"source 0123456789abcdef on {ORIGIN['date'][:10]}" in text
     assert "Stage kernels-small failed: did not end." in text
 
@@ -1013,13 +1028,13 @@ def test_a_wrong_op_is_reported_as_wrong(committed):
     result["ops"].append(result_of(case))
     file.write_text(json.dumps(result))
     assert report_on(committed) == 0
-    assert "| wrong: relative L2 5.0e-01, allowed" in (committed / "README.md").read_text()
+    assert "| wrong: relative L2 5.0e-01, allowed" in (committed / "results" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda root: (root / "README.md").write_text("no markers"), "--readme must name a file"),
+        (lambda root: (root / "README.md").write_text("no markers"), "README.md must hold <!-- bench"),
         (lambda root: (root / "results" / "cpu" / "x.json").write_text("{"), "must be JSON"),
         (
             lambda root: (root / "results" / "cpu" / "x.json").write_text(
@@ -1043,7 +1058,7 @@ def test_plot_is_reproducible(committed):
     drawn = plot.read_bytes()
     assert report.plot(committed / "results") == [plot] and plot.read_bytes() == drawn
     assert report_on(committed) == 0
-    assert "](results/cpu/share.svg)" in (committed / "README.md").read_text()
+    assert "](cpu/share.svg)" in (committed / "results" / "README.md").read_text()
 
 
 def test_committed_readme_is_up_to_date():
