@@ -30,15 +30,19 @@ def with_block(file: Path, name: str, block: str) -> str:
 
 
 def summary(root: Path, readme: Path) -> str:
-    """A row for each model and width of weights that a peer ran too; "" where there are none."""
+    """A row for each model and width of weights that a peer ran too."""
     parts = []
     for results in load_results(root).values():
-        rows = [row for result in results for heat in result.get("heats", ()) for row in rows_of(heat)]
+        rows = [
+            row for result in results for heat in result.get("heats", ()) for row in rows_of(heat)
+        ]
         if rows:
             device = results[0]["provenance"]["device"]
             parts.append(f"{device}, batch 1:\n\n{pipes(COLUMNS, rows)}")
     where = (root / "README.md").resolve().relative_to(readme.resolve().parent).as_posix()
-    return "\n\n".join([*parts, f"Everything that was measured: [{where}]({where})."]) if parts else ""
+    return (
+        "\n\n".join([*parts, f"Everything that was measured: [{where}]({where})."]) if parts else ""
+    )
 
 
 def rows_of(heat: dict[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -8,6 +8,8 @@ import importlib.metadata
 import inspect
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -227,3 +229,29 @@ def test_constraints_pin_what_the_metadata_asks_for():
         assert versions, f"{requirement.name} is not in constraints.txt"
         for version in versions:
             assert requirement.specifier.contains(version), f"{requirement.name} {version}"
+
+
+def test_readme_commands_are_commands():
+    """Each `glm4 …` in a block of README.md is one that the command line takes."""
+    from glm4.cli import _parser
+
+    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    commands = [
+        shlex.split(line.partition("<")[0], comments=True)[1:]
+        for line in lines
+        if re.match(r"\s*(\.venv/bin/)?glm4 ", line)
+    ]
+    assert len(commands) > 4
+    for command in commands:
+        _parser().parse_args(command)  # exits where it is wrong
+
+
+def test_the_page_of_the_package_index_has_no_link_into_the_tree(monkeypatch):
+    """And keeps the words: what README.md links to stays readable as a path."""
+    pytest.importorskip("setuptools", reason="setup.py needs it")
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    page = runpy.run_path(str(REPOSITORY / "setup.py"))["page"]()
+    assert "](" not in page.replace("](http", "")
+    assert "`glm4/model.py`" in page and "benchmarks:start" in page
+    assert page.count("\n| ") == (REPOSITORY / "README.md").read_text().count("\n| ")
