@@ -46,7 +46,7 @@ def summary(root: Path, readme: Path) -> str:
 
 
 def rows_of(heat: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    layers = "" if heat.get("all_layers") else f", {heat['layers']} layers"
+    layers = f", {heat['layers']} layers"
     for width in (4, 8, 16):
         same = [c for c in heat["contenders"] if width_of(c) == width]
         ours = [c for c in same if c["name"].startswith("glm4 ")]
