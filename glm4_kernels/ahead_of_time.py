@@ -4,7 +4,7 @@ occupancy, bytes in flight, SASS.
     x = torch.empty(1 << 20, 4096, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(4096, dtype=torch.bfloat16, device="meta")
     for launch in capture(lambda: launch_rms_norm(x, weight, 1e-5), capability=90):
-        print(launch.kernel_name, figures(compile_launch(launch)))
+        print(launch.kernel_name, figures(compile_launch(launch)))  # of many, `all_figures`
 
 The launcher runs as it is, on meta tensors (real sizes, no memory, 16-byte aligned as allocations
 are), and Triton's own JIT derives types, divisibility and constants; nothing is listed by hand.
@@ -16,12 +16,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -177,14 +180,23 @@ def compile_launch(launch: Launch) -> Any:
 
 
 def figures(compiled: Any) -> Figures:
-    """Reads the binary with the cuobjdump that Triton's wheel carries."""
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        command = [str(cuobjdump), "--dump-resource-usage", "-sass", cubin.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return all_figures([compiled])[0]
+
+
+def all_figures(compiled: list[Any]) -> list[Figures]:
+    """Of each of `compiled`, in their order."""
+    found: dict[int, Figures] = {}
+    for capability in MULTIPROCESSORS:
+        places = [i for i, one in enumerate(compiled) if one.metadata.target.arch == capability]
+        cubins = [compiled[i].asm["cubin"] for i in places]
+        for i, sass in zip(places, disassemble(cubins, capability), strict=True):
+            found[i] = _figures(compiled[i], sass)
+    return [found[i] for i in range(len(compiled))]
+
+
+def _figures(compiled: Any, sass: str) -> Figures:
+    report = nvidia_tool("cuobjdump", "--dump-resource-usage", content=compiled.asm["cubin"])
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     threads = int(re.search(r"\.reqntid\s+(\d+)", compiled.asm["ptx"]).group(1))  # type: ignore[union-attr]
     shared = compiled.metadata.shared
     capability = compiled.metadata.target.arch
@@ -195,12 +207,49 @@ def figures(compiled: Any) -> Figures:
         shared_bytes=shared,
         programs_per_sm=programs,
         bytes_in_flight=programs
-        * (threads * outstanding_bytes(text) + pipeline_bytes(compiled.asm["ttgir"])),
-        loads=load_widths(text),
+        * (threads * outstanding_bytes(sass) + pipeline_bytes(compiled.asm["ttgir"])),
+        loads=load_widths(sass),
         mma=tensor_core_kind(compiled.asm["ptx"]),
-        instructions_per_tile=instructions_per_tile(text),
-        accesses_before_wait=accesses_before_wait(text),
+        instructions_per_tile=instructions_per_tile(sass),
+        accesses_before_wait=accesses_before_wait(sass),
     )
+
+
+def disassemble(cubins: list[bytes], capability: int) -> list[str]:
+    """The SASS of cubins of one kernel each. Addresses go on from one to the next: all are read by
+    one nvdisasm, which takes a third of a second to start, whatever it is given."""
+    code = [machine_code(cubin) for cubin in cubins]
+    target = f"SM{capability}a" if capability >= 90 else f"SM{capability}"
+    text = nvidia_tool("nvdisasm", "--binary", target, content=b"".join(code)) if code else ""
+    ends = list(accumulate(map(len, code)))
+    lines: list[list[str]] = [[] for _ in code]
+    for line, address in re.findall(r"(/\*([0-9a-f]{4,})\*/.*\n)", text):
+        lines[bisect_right(ends, int(address, 16))].append(line)
+    return ["".join(of_one) for of_one in lines]
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """What the section `.text.<kernel>` of a 64-bit ELF file holds."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
+    first_name = headers[names][4]
+    (code,) = [
+        cubin[offset : offset + n_bytes]
+        for name, _, _, _, offset, n_bytes in headers
+        if cubin.startswith(b".text.", first_name + name)
+    ]
+    return code
+
+
+def nvidia_tool(name: str, *options: str, content: bytes) -> str:
+    """What one of the tools that Triton's wheel carries says of a file with this content."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        command = [str(tool), *options, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def programs_per_sm(sm: Multiprocessor, warps: int, registers: int, shared_bytes: int) -> int:

@@ -3,9 +3,13 @@ GLM4_COMPILED=90 (80, 89, ...) as compiled for that architecture, on the CPU (pt
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 # One thread, in child processes too: at these sizes a second only waits, and where other programs
 # are busy its spinning makes a test fifty times slower. Tests of threads set their own number.
@@ -51,6 +55,16 @@ def uses_gpu(item: pytest.Item) -> bool:
 def device() -> torch.device:
     """Where `launch_<op>` runs in this session."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def compiler() -> Iterator[Executor]:
+    """A process without TRITON_INTERPRET, in which kernels compile."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with mock.patch.dict(os.environ):
+            os.environ.pop("TRITON_INTERPRET", None)
+            process.submit(os.getpid).result()  # it has started, in this environment
+        yield process
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@
                                                    # to tests/aot_resources/triton-<version>.json
 
 Shapes are listed here; what is launched for them (kernels, tiles, warps, specialisations) is
-captured from the launchers. test_ahead_of_time.py runs this file in a process of its own, since
+captured from the launchers. test_ahead_of_time.py calls `measure` in a process of its own, since
 under TRITON_INTERPRET=1 nothing compiles.
 """
 
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ from glm4_kernels.add_rms_norm import launch_add_rms_norm, launch_add_rms_norm_q
 from glm4_kernels.ahead_of_time import (  # noqa: E402
     MULTIPROCESSORS,
     Launch,
+    all_figures,
     capture,
     compile_launch,
-    figures,
 )
 from glm4_kernels.decode_advance import launch_decode_advance  # noqa: E402
 from glm4_kernels.decode_schedule import (  # noqa: E402
@@ -76,6 +77,20 @@ DECODES = (
     ("64 x 8K", 64, 1, 8192),
     ("1 x 4 queries x 128K", 1, 4, 1 << 17),
 )
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "sandwich_norm",
+    "swiglu",
+    "rope",
+    "rope_kv_write",
+    "decode_schedule",
+    "flash_decode",
+    "merge_attention",
+    "sample",
+    "decode_advance",
+)
+Identity = tuple[str, str, int]  # of a launch; equal for those that compile to the same binary
 META = torch.device("meta")
 BF16, FP16, INT8, FP8 = torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
 
@@ -323,61 +338,69 @@ def cache(shape: ModelShape, n_pages: int, dtype: torch.dtype) -> tuple[Tensor, 
     return meta(*sizes, shape.head_dim, dtype=dtype), scale
 
 
-def measure(everything: bool, jobs: int, only: list[str] | None = None) -> dict[str, Any]:
-    """Captures every launch (of the ops in `only`), compiles the distinct ones; what
-    test_ahead_of_time.py checks."""
-    first_with: dict[tuple[str, str, int], Launch] = {}
-    chosen = set()
+def measure(op: str, capability: int, everything: bool = False) -> list[dict[str, Any]]:
+    """A row for each launch of an op on one GPU: its figures, and the products that overflow; or
+    the error. Launches that are equal are compiled once.
+
+    Args:
+        everything: also what test_ahead_of_time.py leaves out.
+    """
     rows: list[dict[str, Any]] = []
+    launches: list[Launch | None] = []  # of each row
+    wanted: dict[Identity, Launch] = {}
     for case in cases():
-        if only and case.op not in only:
+        if case.op != op or capability < case.min_capability:
             continue
-        for capability in MULTIPROCESSORS:
-            if capability < case.min_capability:
-                continue
-            row = {"op": case.op, "case": case.label, "arch": f"sm_{capability}"}
-            row |= {"before_wait": case.before_wait}
-            try:
-                captured = capture(case.launch, capability)
-            except Exception as error:
-                rows.append({**row, "kernel": "", "error": f"{type(error).__name__}: {error}"})
-                continue
-            for launch in captured:
-                first = first_with.setdefault(launch.identity, launch) is launch
-                if everything or capability == 90 or case.everywhere:
-                    chosen.add(launch.identity)
-                rows.append({**row, "kernel": launch.kernel_name, "first": first, "launch": launch})
+        row = {"op": op, "case": case.label, "arch": f"sm_{capability}"}
+        row |= {"before_wait": case.before_wait}
+        try:
+            captured = capture(case.launch, capability)
+        except Exception as error:
+            rows.append({**row, "kernel": "", "error": f"{type(error).__name__}: {error}"})
+            launches.append(None)
+            continue
+        for launch in captured:
+            rows.append({**row, "kernel": launch.kernel_name})
+            launches.append(launch)
+            if everything or capability == 90 or case.everywhere:
+                wanted.setdefault(launch.identity, launch)
 
-    DISTINCT.extend(first_with[identity] for identity in chosen)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
-        results = dict(zip(chosen, pool.map(compile_distinct, range(len(DISTINCT))), strict=True))
-    for row in rows:
-        launch = row.pop("launch", None)
+    results = compile_all(wanted)
+    seen: set[Identity] = set()
+    for row, launch in zip(rows, launches, strict=True):
         if launch and launch.identity in results:
-            row |= results[launch.identity]
-            ttir = row.pop("ttir", "")
-            overflows = overflowing_products(ttir, launch.grid, launch.integers)
+            compiled = results[launch.identity]
+            row |= {"first": launch.identity not in seen, **compiled}
+            overflows = overflowing_products(row.pop("ttir", ""), launch.grid, launch.integers)
             row["overflows"] = sorted(set(overflows))
-    launched = {launch.kernel for launch in first_with.values()}
-    return {
-        "triton": triton.__version__,
-        "never_launched": sorted(kernel.fn.__qualname__ for kernel in kernels() - launched),
-        "rows": [row for row in rows if "figures" in row or "error" in row],
+            seen.add(launch.identity)
+    return [row for row in rows if "figures" in row or "error" in row]
+
+
+def compile_all(launches: dict[Identity, Launch]) -> dict[Identity, dict[str, Any]]:
+    """The figures and the Triton IR of each launch, or the error."""
+    compiled, results = {}, {}
+    for identity, launch in launches.items():
+        try:
+            compiled[identity] = compile_launch(launch)
+        except Exception as error:
+            results[identity] = {"error": f"{type(error).__name__}: {error}"}
+    for identity, made in zip(compiled, all_figures(list(compiled.values())), strict=True):
+        ttir = compiled[identity].asm["ttir"]
+        results[identity] = {"figures": dataclasses.asdict(made), "ttir": ttir}
+    return results
+
+
+def never_launched() -> list[str]:
+    """The kernels of the package that no case reaches on any GPU."""
+    launched = {
+        launch.kernel
+        for case in cases()
+        for capability in MULTIPROCESSORS
+        if capability >= case.min_capability
+        for launch in capture(case.launch, capability)
     }
-
-
-DISTINCT: list[Any] = []  # launches; forked workers inherit them, since kernels do not pickle
-
-
-def compile_distinct(index: int) -> dict[str, Any]:
-    try:
-        compiled = compile_launch(DISTINCT[index])
-        return {
-            "figures": dataclasses.asdict(figures(compiled)),
-            "ttir": compiled.asm["ttir"],
-        }
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+    return sorted(kernel.fn.__qualname__ for kernel in kernels() - launched)
 
 
 def kernels() -> set[Any]:
@@ -411,18 +434,18 @@ def figures_table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def write_figures(measured: dict[str, Any], only: list[str] | None) -> Path:
+def write_figures(rows: list[dict[str, Any]], only: list[str]) -> Path:
     """Commits the figures, row by row in the order of ops; those of other ops than `only` stay."""
-    path = figures_path(measured["triton"])
-    tables = figures_table(measured["rows"])
-    if only:
+    path = figures_path(triton.__version__)
+    tables = figures_table(rows)
+    if set(only) < set(OPS):
         for arch, committed in json.loads(path.read_text()).items():
             kept = {key: row for key, row in committed.items() if op_of(key) not in only}
             tables[arch] = kept | tables.get(arch, {})
     blocks = []
     for arch in sorted(tables, key=lambda arch: int(arch.removeprefix("sm_"))):
-        rows = sorted(tables[arch].items(), key=lambda row: op_of(row[0]))
-        body = ",\n".join(f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in rows)
+        of_arch = sorted(tables[arch].items(), key=lambda row: op_of(row[0]))
+        body = ",\n".join(f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in of_arch)
         blocks.append(f"  {json.dumps(arch)}: {{\n{body}\n  }}")
     path.parent.mkdir(exist_ok=True)
     path.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
@@ -436,18 +459,22 @@ def op_of(key: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile GLM-4's launches without a GPU.")
     parser.add_argument("--write", action="store_true", help="commit all figures to the table")
-    parser.add_argument("--only", nargs="+", metavar="OP", help="these ops; the others stay")
+    parser.add_argument(
+        "--only", nargs="+", metavar="OP", choices=OPS, default=OPS, help="the others stay"
+    )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    measured = measure(arguments.write, arguments.jobs, arguments.only)
+    parts = list(product(arguments.only, MULTIPROCESSORS, [arguments.write]))
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        rows = [row for part in pool.map(measure, *zip(*parts, strict=True)) for row in part]
     if not arguments.write:
-        json.dump(measured, sys.stdout)
+        json.dump(rows, sys.stdout)
         return
-    path = write_figures(measured, arguments.only)
-    errors = [row for row in measured["rows"] if "error" in row]
+    path = write_figures(rows, arguments.only)
+    errors = [row for row in rows if "error" in row]
     for row in errors:
         print(f"{row['arch']} {row['op']}, {row['case']}: {row['error']}", file=sys.stderr)
-    print(f"{path}: {len(DISTINCT)} binaries, {len(errors)} launches failed")
+    print(f"{path}: {sum(row['first'] for row in rows if 'first' in row)} binaries, {len(errors)} launches failed")
     sys.exit(bool(errors))
 
 

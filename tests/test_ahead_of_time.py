@@ -6,52 +6,32 @@ sm_90 gets every launch of launches.py, the other architectures those marked `ev
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import pytest
 from offset_overflow import overflowing_products
 
-pytest.importorskip("triton", reason="ahead-of-time compiles need Triton")
+triton = pytest.importorskip("triton", reason="ahead-of-time compiles need Triton")
 
-HERE = Path(__file__).parent
-TRITON_OPS = (
-    "rms_norm",
-    "add_rms_norm",
-    "sandwich_norm",
-    "swiglu",
-    "rope",
-    "rope_kv_write",
-    "decode_schedule",
-    "flash_decode",
-    "merge_attention",
-    "sample",
-    "decode_advance",
+import faulty_kernels  # noqa: E402
+import launches  # noqa: E402
+
+from glm4_kernels.ahead_of_time import (  # noqa: E402
+    MULTIPROCESSORS,
+    accesses_before_wait,
+    instructions_per_tile,
+    outstanding_bytes,
+    programs_per_sm,
 )
 
 
-def run_without_interpreter(script: str | Path, *arguments: str) -> Any:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
-    command = [sys.executable, str(script), *arguments]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
-
-
 @pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
-    return run_without_interpreter(HERE / "launches.py")
-
-
-@pytest.fixture
-def rows(measured, request) -> list[dict[str, Any]]:
-    """The launches of one op; those that did not compile fail here."""
-    rows = [row for row in measured["rows"] if row["op"] == request.param]
-    assert rows, f"launches.py has no case for {request.param}"
+def rows(compiler, request) -> list[dict[str, Any]]:
+    """The launches of one op on one GPU; those that did not compile fail here."""
+    op, capability = request.param
+    rows = compiler.submit(launches.measure, op, capability).result()
+    assert rows, f"launches.py has no case for {op} on sm_{capability}"
     report([f"{name(row)}: {row['error']}" for row in rows if "error" in row])
     return rows
 
@@ -64,13 +44,16 @@ def report(failures: list[str]) -> None:
     assert not failures, f"{len(failures)} failed:\n" + "\n".join(failures)
 
 
-each_op = pytest.mark.parametrize("rows", TRITON_OPS, indirect=True)
+each_op_and_gpu = pytest.mark.parametrize(
+    "rows",
+    list(product(launches.OPS, MULTIPROCESSORS)),
+    ids=lambda part: f"{part[0]}-sm_{part[1]}",
+    indirect=True,
+)
 
 
-@each_op
+@each_op_and_gpu
 def test_stays_within_the_hardware(rows):
-    from glm4_kernels.ahead_of_time import MULTIPROCESSORS
-
     failures = []
     for row in rows:
         limit = MULTIPROCESSORS[int(row["arch"].removeprefix("sm_"))].shared_limit
@@ -84,12 +67,12 @@ def test_stays_within_the_hardware(rows):
     report(failures)
 
 
-@each_op
+@each_op_and_gpu
 def test_offsets_are_64_bit(rows):
     report([f"{name(row)}: {overflow}" for row in rows for overflow in row["overflows"]])
 
 
-@each_op
+@each_op_and_gpu
 def test_waits_before_it_touches_what_others_write(rows):
     """Only loads of weights stand ahead of griddepcontrol.wait, which is there if asked for."""
     report(
@@ -102,17 +85,15 @@ def test_waits_before_it_touches_what_others_write(rows):
     )
 
 
-@each_op
-def test_loses_nothing(rows, measured):
-    from launches import figures_path, figures_table
-
-    path = figures_path(measured["triton"])
+@each_op_and_gpu
+def test_loses_nothing(rows):
+    path = launches.figures_path(triton.__version__)
     if not path.exists():
-        pytest.skip(f"no figures of Triton {measured['triton']} are committed")
+        pytest.skip(f"no figures of Triton {triton.__version__} are committed")
     committed = json.loads(path.read_text())
     hint = f"if that is meant, run `python tests/launches.py --write` and commit {path.name}"
     failures = []
-    for arch, table in figures_table(rows).items():
+    for arch, table in launches.figures_table(rows).items():
         for key, now in table.items():
             before = committed.get(arch, {}).get(key)
             if before is None:
@@ -146,21 +127,14 @@ def wide_share(loads: dict[str, int]) -> float:
     return wide / total if total else 1.0
 
 
-def test_every_kernel_is_launched(measured):
-    assert measured["never_launched"] == [], "launches.py reaches none of these kernels"
+def test_every_kernel_is_launched(compiler):
+    assert compiler.submit(launches.never_launched).result() == [], "launches.py reaches none"
 
 
-def test_every_architecture_is_compiled(measured):
-    from glm4_kernels.ahead_of_time import MULTIPROCESSORS
-
-    assert {row["arch"] for row in measured["rows"]} == {f"sm_{cc}" for cc in MULTIPROCESSORS}
-
-
-def test_the_harness_sees_faults():
+def test_the_harness_sees_faults(compiler):
     """Kernels with one fault each; what is measured of them must show it."""
-    spilling, narrow, wide, dot, shallow, overflowing = run_without_interpreter(
-        HERE / "faulty_kernels.py"
-    )
+    faults = compiler.submit(faulty_kernels.measured).result()
+    spilling, narrow, wide, dot, shallow, overflowing = faults
     assert spilling["figures"]["spill_bytes"] > 0
     assert wide["figures"]["loads"] == {"128": 1}
     assert losses(wide["figures"], narrow["figures"]).startswith("wide loads")
@@ -192,15 +166,11 @@ def test_the_harness_sees_faults():
     ],
 )
 def test_programs_per_sm(capability, warps, registers, shared_bytes, programs):
-    from glm4_kernels.ahead_of_time import MULTIPROCESSORS, programs_per_sm
-
     sm = MULTIPROCESSORS[capability]
     assert programs_per_sm(sm, warps, registers, shared_bytes) == programs
 
 
 def test_accesses_before_the_wait():
-    from glm4_kernels.ahead_of_time import accesses_before_wait
-
     load, store = "LDG.E.128 R8, desc[UR10][R20.64] ;\n", "STG.E [R4.64], R8 ;\n"
     assert accesses_before_wait(load + store) is None
     assert accesses_before_wait("ACQBULK ;\n" + load) == 0
@@ -208,8 +178,6 @@ def test_accesses_before_the_wait():
 
 
 def test_instructions_of_a_tile():
-    from glm4_kernels.ahead_of_time import instructions_per_tile
-
     def sass(*lines: str) -> str:
         return "".join(f"/*{16 * i:04x}*/ {line} ;\n" for i, line in enumerate(lines))
 
@@ -235,8 +203,6 @@ def test_instructions_of_a_tile():
 
 
 def test_a_load_is_under_way_until_a_register_of_it_is_named():
-    from glm4_kernels.ahead_of_time import outstanding_bytes
-
     wide = "/*0000*/ @!P2 LDG.E.128 R8, desc[UR10][R20.64] ;\n"
     narrow = "/*0010*/ LDG.E.U16 R4, desc[UR10][R22.64+0x1000] ;\n"
     use, another = "/*0020*/ FADD R0, R11, R1 ;\n", "/*0020*/ FADD R0, R12, R1 ;\n"
