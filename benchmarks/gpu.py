@@ -85,7 +85,7 @@ def run_test_file(file: Path, *options: str) -> list[tuple[str, str, str]]:
     """(outcome, test, message) of each test of one file."""
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
         try:
             ran = subprocess.run(
                 [*command, *options, f"--junitxml={junit}", str(file)],

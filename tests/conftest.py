@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from heartbeat import Heartbeat
 
 COMPILED = os.environ.get("GLM4_COMPILED")
 if COMPILED and not torch.cuda.is_available():
@@ -30,6 +31,22 @@ elif not torch.cuda.is_available():
         import interpreter_floats  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+WORKER_BYTES = 1 << 30  # of memory, and of the GPU's, for each process of tests
+SLOW = ("test_ahead_of_time.py", "test_compiled.py", "test_benchmarks.py", "test_build.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # but in the process that starts the others
+        config.pluginmanager.register(Heartbeat(config))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """One for each processor that this process may use, as far as there is memory."""
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if torch.cuda.is_available():
+        free.append(torch.cuda.mem_get_info()[0])
+    return max(1, min(len(os.sched_getaffinity(0)), 8, min(free) // WORKER_BYTES))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,9 +55,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses among them
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_quick(items)
     if config.getoption("--gpu-only"):
         items[:] = filter(uses_gpu, items)
+
+
+def mark_quick(items: list[pytest.Item]) -> None:
+    """The first case of each test, but for the slow and the exhaustive ones."""
+    seen: set[tuple[Path, str]] = set()
+    for item in items:
+        test = item.path, getattr(item, "originalname", item.name)
+        slow = item.path.name in SLOW or item.get_closest_marker("exhaustive")
+        if test not in seen and not slow:
+            seen.add(test)
+            item.add_marker("quick")
 
 
 def uses_gpu(item: pytest.Item) -> bool:

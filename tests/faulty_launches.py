@@ -1,7 +1,5 @@
-"""Kernels and PTX with a known fault each, for the tests of `ptx_machine`. Prints JSON: what the
-machine said, "right" or "wrong" of the result."""
+"""Kernels and PTX with a known fault each, for the tests of `ptx_machine`."""
 
-import json
 from unittest import mock
 
 import ptx_machine
@@ -62,7 +60,8 @@ def verdict(call, capability=80, events=None, old="", new=""):
     return "right" if torch.allclose(actual, expected, rtol=1e-3, atol=1e-3) else "wrong"
 
 
-def run():
+def verdicts():
+    """What the machine said of each, "right" or "wrong" of the result."""
     numbers, one_short = torch.arange(1024.0), torch.arange(1023.0)
     orders = [Events(forward, late) for forward in (True, False) for late in (True, False)]
 
@@ -81,6 +80,3 @@ def run():
         "product beyond shared memory": verdict(products, old="global_smem;", new="16384;"),
     }
 
-
-if __name__ == "__main__":
-    print(json.dumps(run()))

@@ -47,16 +47,16 @@ def counted(launch, capability):
     return counts
 
 
+def measured():
+    return {
+        f"sm_{capability}": {
+            name: counted(launch, capability)
+            for name, launch in launches()
+            if capability >= 89 or str(FP8) not in name
+        }
+        for capability in (80, 90)
+    }
+
+
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            {
-                f"sm_{capability}": {
-                    name: counted(launch, capability)
-                    for name, launch in launches()
-                    if capability >= 89 or str(FP8) not in name
-                }
-                for capability in (80, 90)
-            }
-        )
-    )
+    print(json.dumps(measured()))

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ahead_of_time import run_without_interpreter
 
 pytest.importorskip("triton", reason="there is nothing to compile")
+
+import faulty_launches  # noqa: E402
+import memory_traffic  # noqa: E402
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the compiled code")
 
 HERE = Path(__file__).parent
@@ -49,14 +52,14 @@ WITHOUT = {80: f"not ({LEFT_OUT} or fp8 or float8)", 90: f"not ({LEFT_OUT})"}
 def test_compiled_kernels(architecture):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["GLM4_COMPILED"] = str(architecture)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
     command += ["-k", WITHOUT[architecture], *(f"{HERE}/test_{test}" for test in TESTS)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
 
 
-def test_shared_memory_has_no_bank_conflicts():
-    for architecture, launches in run_without_interpreter(HERE / "memory_traffic.py").items():
+def test_shared_memory_has_no_bank_conflicts(compiler):
+    for architecture, launches in compiler.submit(memory_traffic.measured).result().items():
         for name, counts in launches.items():
             assert counts["shared wavefronts"] == counts["shared phases"] > 0, (architecture, name)
             if "norm" in name:
@@ -64,9 +67,9 @@ def test_shared_memory_has_no_bank_conflicts():
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(compiler):
     """What the machine says of faulty_launches.py."""
-    return run_without_interpreter(HERE / "faulty_launches.py")
+    return compiler.submit(faulty_launches.verdicts).result()
 
 
 # In the order of events: forward and late, forward and early, backward and late, ...
