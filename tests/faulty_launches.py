@@ -79,4 +79,3 @@ def verdicts():
         "product without waits": in_all_orders(products, old="cp.async.wait_group", new="//"),
         "product beyond shared memory": verdict(products, old="global_smem;", new="16384;"),
     }
-

@@ -474,7 +474,9 @@ def main() -> None:
     errors = [row for row in rows if "error" in row]
     for row in errors:
         print(f"{row['arch']} {row['op']}, {row['case']}: {row['error']}", file=sys.stderr)
-    print(f"{path}: {sum(row['first'] for row in rows if 'first' in row)} binaries, {len(errors)} launches failed")
+    print(
+        f"{path}: {sum(row['first'] for row in rows if 'first' in row)} binaries, {len(errors)} launches failed"
+    )
     sys.exit(bool(errors))
 
 

@@ -15,8 +15,8 @@ import torch
 
 pytest.importorskip("triton", reason="there is nothing to compile")
 
-import faulty_launches  # noqa: E402
-import memory_traffic  # noqa: E402
+import faulty_launches
+import memory_traffic
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the compiled code")
 
