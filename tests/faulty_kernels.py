@@ -1,13 +1,20 @@
 """Kernels with a known fault each, for the tests of the ahead-of-time harness."""
 
 import dataclasses
+import re
 
 import torch
 import triton
 import triton.language as tl
 from offset_overflow import overflowing_products
 
-from glm4_kernels.ahead_of_time import all_figures, capture, compile_launch
+from glm4_kernels.ahead_of_time import (
+    all_figures,
+    capture,
+    compile_launch,
+    disassemble,
+    nvidia_tool,
+)
 
 
 @triton.jit
@@ -75,3 +82,16 @@ def measured():
         }
         for launch, binary, made in zip(launches, compiled, all_figures(compiled), strict=True)
     ]
+
+
+def disassembled():
+    """Of two kernels the instructions, disassembled together and, by cuobjdump, one by one."""
+
+    def instructions(sass):
+        return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z][\w.]*)", sass)
+
+    launches = capture(launch_all, capability=90)[1:3]
+    cubins = [compile_launch(launch).asm["cubin"] for launch in launches]
+    together = disassemble(cubins, capability=90)
+    alone = [nvidia_tool("cuobjdump", "-sass", content=cubin) for cubin in cubins]
+    return [[instructions(sass) for sass in way] for way in (together, alone)]

@@ -474,9 +474,8 @@ def main() -> None:
     errors = [row for row in rows if "error" in row]
     for row in errors:
         print(f"{row['arch']} {row['op']}, {row['case']}: {row['error']}", file=sys.stderr)
-    print(
-        f"{path}: {sum(row['first'] for row in rows if 'first' in row)} binaries, {len(errors)} launches failed"
-    )
+    n_binaries = sum(row.get("first", False) for row in rows)
+    print(f"{path}: {n_binaries} binaries, {len(errors)} launches failed")
     sys.exit(bool(errors))
 
 

@@ -151,6 +151,11 @@ def test_the_harness_sees_faults(compiler):
     assert [fault["overflows"] for fault in (spilling, narrow, wide, dot)] == [[], [], [], []]
 
 
+def test_kernels_are_disassembled_together_as_alone(compiler):
+    together, alone = compiler.submit(faulty_kernels.disassembled).result()
+    assert together == alone and all(together) and together[0] != together[1]
+
+
 @pytest.mark.parametrize(
     "capability, warps, registers, shared_bytes, programs",
     [
