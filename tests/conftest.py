@@ -43,10 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers() -> int:
     """One for each processor that this process may use, as far as there is memory."""
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    if torch.cuda.is_available():
-        free.append(torch.cuda.mem_get_info()[0])
-    return max(1, min(len(os.sched_getaffinity(0)), 8, min(free) // WORKER_BYTES))
+    from glm4.generation import free_bytes  # now that TRITON_INTERPRET is set
+
+    may_use = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    free = min(free_bytes(torch.device(device)) for device in devices)
+    return max(1, min(len(may_use(0)), 8, free // WORKER_BYTES))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

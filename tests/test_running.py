@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import torch
 from conftest import WORKER_BYTES, mark_quick, pytest_xdist_auto_num_workers
 from heartbeat import Heartbeat
 
@@ -68,16 +67,12 @@ def test_quick_is_the_first_case_of_each_test():
     assert ["quick" in each.marks for each in items] == [True, False, True, False, False]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's memory counts too")
 @pytest.mark.parametrize(
     "cores, free_workers, workers", [(2, 30, 2), (64, 30, 8), (4, 3, 3), (1, 30, 1), (4, 0, 1)]
 )
 def test_workers_fit_cores_and_memory(cores, free_workers, workers):
-    def sysconf(name):
-        return {"SC_AVPHYS_PAGES": free_workers * WORKER_BYTES // 4096, "SC_PAGE_SIZE": 4096}[name]
-
     with (
-        mock.patch("os.sysconf", sysconf),
-        mock.patch("os.sched_getaffinity", lambda _: set(range(cores))),
+        mock.patch("glm4.generation.free_bytes", return_value=free_workers * WORKER_BYTES),
+        mock.patch("os.sched_getaffinity", return_value=set(range(cores)), create=True),
     ):
         assert pytest_xdist_auto_num_workers() == workers
