@@ -59,6 +59,7 @@ OF_FLOATS: dict[str, Callable[..., Array]] = {
     "rsqrt": lambda a: 1 / np.sqrt(a),
     "sqrt": np.sqrt,
 }
+ROUNDED_ONCE = ("add", "sub", "mul", "div", "sqrt", "max", "min", "neg", "abs")  # by numpy's fp32
 OF_INTEGERS: dict[str, Callable[..., Array]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -98,7 +99,9 @@ def arithmetic(name: str, modifiers: list[str], operands: list[str]) -> Step:
     flush = flushed if "ftz" in modifiers else lambda x: x
 
     def fp32(*values: Array) -> Array:
-        """By way of fp64, which holds the product of two exactly."""
+        """What numpy does not round once by way of fp64, which holds the product of two exactly."""
+        if name in ROUNDED_ONCE:
+            return flush(function(*map(flush, values)))
         exact = function(*(flush(value).astype(np.float64) for value in values))
         return flush(exact.astype(np.float32))
 

@@ -165,6 +165,8 @@ def source(text: str, dtype: np.dtype) -> Operand:
 
     def read(warp: Warp) -> Array:
         value = warp.registers.get(text, unknown)  # a compiler may pack what it never uses
+        if value.dtype is dtype:
+            return value
         if value.itemsize != dtype.itemsize:
             value = value.astype(f"u{dtype.itemsize}")
         return value if value.dtype == dtype else value.view(dtype)
