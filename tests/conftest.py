@@ -32,7 +32,18 @@ elif not torch.cuda.is_available():
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORKER_BYTES = 1 << 30  # of memory, and of the GPU's, for each process of tests
-SLOW = ("test_ahead_of_time.py", "test_compiled.py", "test_benchmarks.py", "test_build.py")
+SLOW = {  # files and tests that take over two seconds of a processor: not in the quick subset
+    *("test_ahead_of_time.py", "test_compiled.py", "test_benchmarks.py", "test_build.py"),
+    *("test_decode_schedule.py", "test_dependent_launch.py"),
+    "test_takes_only_what_the_check_admits",
+    "test_memory_is_that_of_a_tensor_and_a_shard",
+    "test_peak_memory_is_the_model_and_one_tensor",
+    "test_readme_examples_run",
+    "test_a_forked_child_computes",
+    "test_inductor_keeps_the_cache_write",
+    *("test_without_the_extension", "test_without_triton_the_cpu_serves"),
+    *("test_killed_run", "test_interrupt", "test_reader_that_leaves"),
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,7 +80,9 @@ def mark_quick(items: list[pytest.Item]) -> None:
     seen: set[tuple[Path, str]] = set()
     for item in items:
         test = item.path, getattr(item, "originalname", item.name)
-        slow = item.path.name in SLOW or item.get_closest_marker("exhaustive")
+        slow = not SLOW.isdisjoint((item.path.name, test[1])) or item.get_closest_marker(
+            "exhaustive"
+        )
         if test not in seen and not slow:
             seen.add(test)
             item.add_marker("quick")
