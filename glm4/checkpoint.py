@@ -243,7 +243,7 @@ def match_tensors(
             )
     for name, tensor in unexpected.items():
         idle = quantization is not None and is_idle_bias(quantization, tensor)
-        if name.rpartition(".")[2] not in IGNORED and not idle:
+        if tensor.placed and name.rpartition(".")[2] not in IGNORED and not idle:
             raise CheckpointError(
                 f"{tensor.path}: tensor {name} {list(tensor.shape)} is unexpected; config.json "
                 "describes a model without it"
@@ -256,7 +256,7 @@ def read_into(weight: Tensor, parts: list[Stored]) -> None:
     row = 0
     for part in parts:
         rows = weight[row : row + part.shape[0]]
-        rows.copy_(part.read())
+        part.read_into(rows)
         smallest, largest = (x.item() for x in rows.aminmax())  # either is NaN if any value is
         if not (math.isfinite(smallest) and math.isfinite(largest)):
             raise CheckpointError(

@@ -1,50 +1,52 @@
-"""The files of a checkpoint, read with suspicion: JSON and safetensors, nothing else.
+"""The tensors of a checkpoint, as safetensors holds them; read with suspicion, and nothing else.
 
-Every error is a `CheckpointError`: one line that names the file, and the tensor where there is one.
+    file       header length, 8 bytes | header, JSON | bytes of the tensors, one after the other
+    header     {name: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
+
+Headers are parsed once, by the rules of the safetensors library, and tensors are read, not mapped:
+a file that is cut short under a map kills the process. What is read must still be the file that was
+examined. Every error is a `CheckpointError`: one line that names the file, and the tensor where
+there is one.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not what it should be; the message, one line, names the file."""
-
-    def __init__(self, message: str) -> None:
-        # It may quote names out of a damaged file.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"{max(keys, key=keys.count)!r} stands there twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
-
+from glm4.checkpoint_file import (
+    LFS_POINTER,
+    CheckpointError,
+    opened,
+    parse_json,
+    read_exactly,
+    read_json,
+    refuse_pointer,
+)
+from glm4_kernels.library import bad_value
 
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# What is read at all; besides weights, the codes and tables of quantised ones.
+READABLE_DTYPES = {**STORED_DTYPES, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8}
+# Bits of a value, by safetensors' name of its type.
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
 @dataclass(frozen=True)
@@ -55,65 +57,157 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     dtype: str  # safetensors' name of it
+    start: int  # of its bytes in the file
+    version: tuple[int, ...]  # of the file; see `version_of`
+    placed: bool = True  # false: the index does not know it
 
     def read(self) -> Tensor:
-        # Opened for each tensor: an open file keeps the pages that were read in this process.
-        with opened(self.path) as file:
-            return file.get_tensor(self.name)
+        if self.dtype not in READABLE_DTYPES:
+            expected = ", ".join(READABLE_DTYPES)
+            raise CheckpointError(
+                f"{self.path}: tensor {self.name} must be {expected}, got {self.dtype}"
+            )
+        tensor = torch.empty(self.shape, dtype=READABLE_DTYPES[self.dtype], device="cpu")
+        self.read_into(tensor)
+        return tensor
+
+    def read_into(self, tensor: Tensor) -> None:
+        """Fills `tensor`, of this shape: in place if it lies in memory as it does on disk, else by
+        way of a copy."""
+        if tensor.shape != self.shape:  # or copy_ would broadcast
+            raise bad_value("read_into", "tensor", list(self.shape), list(tensor.shape))
+        same = tensor.dtype == READABLE_DTYPES.get(self.dtype) and tensor.is_contiguous()
+        if not same or tensor.device.type != "cpu":
+            tensor.copy_(self.read())
+            return
+        memory = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        with opened(self.path, anywhere=True) as file:
+            self.check_version(file)
+            file.seek(self.start)
+            read_exactly(file, memory, self.path)
+            self.check_version(file)
+
+    def check_version(self, file: FileIO) -> None:
+        if version_of(file) != self.version:
+            raise CheckpointError(
+                f"{self.path}: has changed since it was examined; try again once it is complete"
+            )
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def version_of(file: FileIO) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def tensors_in(path: Path) -> list[Stored]:
+    """What the header of a safetensors file describes; it covers the whole file, without gaps."""
+    with opened(path, anywhere=True) as file:
+        version, size = version_of(file), os.fstat(file.fileno()).st_size
+        start = bytearray(min(size, len(LFS_POINTER)))
+        read_exactly(file, memoryview(start), path)
+        refuse_pointer(path, start)
+        n_header = int.from_bytes(start[:8], "little")
+        n_data = size - 8 - n_header
+        if len(start) < 8 or n_header > HEADER_LIMIT or n_data < 0:
+            raise not_whole(path, f"{size:,} bytes cannot begin with a header of {n_header:,}")
+        header = bytearray(n_header)
+        file.seek(8)
+        read_exactly(file, memoryview(header), path)
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({str(error) or type(error).__name__})"
-        ) from None
+        entries = parse_header(bytes(header), n_data)
+    except (ValueError, RecursionError) as error:
+        raise not_whole(path, str(error)) from None
+    return [
+        Stored(path, name, shape, dtype, 8 + n_header + begin, version)
+        for begin, _, name, dtype, shape in entries
+    ]
+
+
+def not_whole(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path}: not a whole safetensors file ({reason})")
+
+
+Entry = tuple[int, int, str, str, tuple[int, ...]]  # begin, end, name, dtype, shape
+
+
+def parse_header(header: bytes, n_data: int) -> list[Entry]:
+    """The tensors in a header, in the order of their bytes. Raises ValueError or RecursionError
+    where safetensors refuses it, and for a name twice, of which that takes the last."""
+    infos = parse_json(header, parse_int=size_of_text, parse_constant=no_number)
+    if not isinstance(infos, dict):
+        raise ValueError("its header is no object")
+    texts = infos.pop("__metadata__", None) or {}
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise ValueError("its __metadata__ is no object of texts")
+    "".join((*infos, *texts, *texts.values())).encode()  # raises on half a surrogate pair
+    entries = sorted(entry(name, info) for name, info in infos.items())
+    at = 0
+    for begin, end, name, dtype, shape in entries:
+        if begin != at or end < begin:
+            raise ValueError(f"tensor {name} lies at {begin} to {end}, its neighbour ends at {at}")
+        if (end - begin) * 8 != n_bits(dtype, shape):
+            raise ValueError(f"tensor {name}, {dtype} {list(shape)[:8]}, has {end - begin} bytes")
+        at = end
+    if at != n_data:
+        raise ValueError(f"its tensors have {at:,} bytes, got {n_data:,}")
+    return entries
+
+
+def entry(name: str, info: Any) -> Entry:
+    fields = info if isinstance(info, dict) else {}
+    dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(dtype, str) and dtype in BITS and is_sizes(shape) and is_sizes(offsets)):
+        raise ValueError(f"tensor {name} has no known dtype, shape and data_offsets")
+    if len(offsets) != 2:
+        raise ValueError(f"tensor {name} has {len(offsets)} data_offsets")
+    return offsets[0], offsets[1], name, dtype, tuple(shape)
+
+
+def is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int for size in value)
+
+
+def n_bits(dtype: str, shape: Iterable[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+        if product >= 1 << 64:  # even where a later size is 0, as in safetensors
+            raise ValueError("its sizes overflow")
+    return product * BITS[dtype]
+
+
+def size_of_text(text: str) -> int:
+    if text.startswith("-") or len(text) > 20 or int(text) >= 1 << 64:
+        raise ValueError(f"{text[:20]} is no size")
+    return int(text)
+
+
+def no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
 
 
 def find_tensors(folder: Path) -> tuple[Path, dict[str, Stored]]:
-    """(the file that lists them, every tensor by name) from the headers alone."""
+    """(what lists them, every tensor by name) from the headers alone: one file, the shards of an
+    index, or a whole set of numbered shards."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not single.is_file() and not index.is_file():
+    if not os.path.lexists(single) and not os.path.lexists(index):
         # Tools for GPTQ name a file after its bits and groups.
         index = lone(folder.glob("*.safetensors.index.json")) or index
         single = lone(p for p in folder.glob("*.safetensors") if "-of-" not in p.name) or single
-    if single.is_file():
+    if os.path.lexists(single):
         return single, {tensor.name: tensor for tensor in tensors_in(single)}
-    if not index.is_file():
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
-        if pickles:
-            raise CheckpointError(
-                f"{folder / pickles[0]}: pickled weights can run code as they load and are not "
-                "read; convert them to safetensors"
-            )
-        raise CheckpointError(f"{folder}: holds neither {single.name} nor {index.name}")
-
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map must be an object of tensor: file")
-    for name, file in weight_map.items():
-        # By its name, not where it resolves to: the Hub's cache is made of links.
-        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
-            raise CheckpointError(
-                f"{index}: the file of tensor {name} must be a .safetensors beside it, got {file!r}"
-            )
-    stored = {}
-    for file in sorted(set(weight_map.values())):
-        for tensor in tensors_in(folder / file):
-            if weight_map.get(tensor.name) != file:
-                place = weight_map.get(tensor.name, "no file")
-                raise CheckpointError(
-                    f"{folder / file}: tensor {tensor.name} must not be there: {index.name} "
-                    f"places it in {place}"
-                )
-            stored[tensor.name] = tensor
-    for name, file in weight_map.items():
-        if name not in stored:
-            raise CheckpointError(f"{folder / file}: tensor {name} is missing")
-    return index, stored
+    if os.path.lexists(index):
+        return index, indexed_tensors(index)
+    shards = numbered_shards(folder, index)
+    if shards:
+        return folder, joined_tensors(shards)
+    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
+    if pickles:
+        raise CheckpointError(
+            f"{folder / pickles[0]}: pickled weights can run code as they load and are not "
+            "read; convert them to safetensors"
+        )
+    raise CheckpointError(f"{folder}: holds neither {single.name} nor {index.name}")
 
 
 def lone(paths: Iterable[Path]) -> Path | None:
@@ -121,12 +215,66 @@ def lone(paths: Iterable[Path]) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def tensors_in(path: Path) -> list[Stored]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    with opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return [
-            Stored(path, name, tuple(part.get_shape()), part.get_dtype())
-            for name, part in slices.items()
-        ]
+def indexed_tensors(index: Path) -> dict[str, Stored]:
+    """A shard may hold more than the index places in it: of a tensor in two, the indexed one
+    counts."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must be an object of tensor: file")
+    for name, file in weight_map.items():
+        # By its name, not where it resolves to: the Hub's cache is made of links.
+        if not isinstance(file, str) or not is_beside(file):
+            raise CheckpointError(
+                f"{index}: the file of tensor {name} must be a .safetensors beside it, got {file!r}"
+            )
+    stored = {}
+    for file in sorted(set(weight_map.values())):
+        for tensor in tensors_in(index.parent / file):
+            place = weight_map.get(tensor.name)
+            if place == file:
+                stored[tensor.name] = tensor
+            elif place is None:
+                stored[tensor.name] = replace(tensor, placed=False)
+    for name, file in weight_map.items():
+        if name not in stored:
+            raise CheckpointError(f"{index.parent / file}: tensor {name} is missing")
+    return stored
+
+
+def is_beside(file: str) -> bool:
+    """Whether it is the name of a .safetensors, without a folder."""
+    return file.isprintable() and bool(re.fullmatch(r"[^/\\]+\.safetensors", file))
+
+
+def numbered_shards(folder: Path, index: Path) -> list[Path]:
+    """The shards NAME-00001-of-00003.safetensors and so on of a folder without an index."""
+    sets: dict[tuple[str, str], dict[int, Path]] = {}
+    for path in folder.glob("*.safetensors"):
+        numbers = re.fullmatch(r"(.+)-(\d{1,5})-of-(\d{1,5})\.safetensors", path.name)
+        if numbers:
+            sets.setdefault((numbers[1], numbers[3]), {})[int(numbers[2])] = path
+    if not sets:
+        return []
+    if len(sets) > 1:
+        names = ", ".join(f"{name}-...-of-{total}" for name, total in sorted(sets))
+        raise CheckpointError(f"{index}: no such file, and there are shards of several: {names}")
+    ((name, total), shards), = sets.items()  # fmt: skip
+    missing = [i for i in range(1, int(total) + 1) if i not in shards]
+    if missing:
+        first = f"{name}-{missing[0]:0{len(total)}}-of-{total}.safetensors"
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{folder / first}: no such file{others}; {len(shards)} of {total} shards are there, "
+            f"and no {index.name}"
+        )
+    return [shards[i] for i in sorted(shards)]
+
+
+def joined_tensors(shards: Iterable[Path]) -> dict[str, Stored]:
+    stored: dict[str, Stored] = {}
+    for path in shards:
+        for tensor in tensors_in(path):
+            other = stored.setdefault(tensor.name, tensor)
+            if other is not tensor:
+                raise CheckpointError(f"{path}: tensor {tensor.name} is in {other.path.name} too")
+    return stored

@@ -324,9 +324,7 @@ def test_rejects_index(tmp_path):
     other = next(place for place in weight_map.values() if place != home)
 
     write_json(index, {"weight_map": weight_map | {Q_PROJ: other}})
-    assert re.search(f"{other}|{home}: tensor {Q_PROJ}", refusal(folder))
-    write_json(index, {"weight_map": {k: v for k, v in weight_map.items() if k != Q_PROJ}})
-    assert f"{home}: tensor {Q_PROJ} must not be there" in refusal(folder)
+    assert f"{other}: tensor {Q_PROJ} is missing" in refusal(folder)
     write_json(index, {"weight_map": weight_map | {"model.extra": home}})
     assert f"{home}: tensor model.extra is missing" in refusal(folder)
     write_json(index, {"weight_map": weight_map | {"model.extra": "gone.safetensors"}})
@@ -337,11 +335,6 @@ def test_rejects_index(tmp_path):
     twice = json.dumps({"weight_map": weight_map})[:-2] + f', "{Q_PROJ}": "{other}"}}}}'
     index.write_text(twice)
     assert "stands there twice" in refusal(folder)
-
-    write_json(index, {"weight_map": weight_map})
-    tensors = load_file(folder / other)
-    save_file(tensors | {Q_PROJ: torch.ones(256, 64)}, folder / other)  # in two shards
-    assert f"{other}: tensor {Q_PROJ} must not be there" in refusal(folder)
 
 
 def test_rejects_damaged_files(tmp_path):
