@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -24,6 +24,7 @@ JSON_LIMIT = 16 << 20
 FILE_LIMIT = 64 << 20
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+DEPTH_LIMIT = 100  # objects and lists within each other
 MESSAGE_LIMIT = 2000  # characters; a name out of a damaged file may have millions
 
 
@@ -173,8 +174,20 @@ def parse_json(data: bytes, **hooks: Callable[[str], Any]) -> Any:
             raise ValueError(f"{key!r} stands there twice")
         return value
 
-    options = {"object_pairs_hook": unique, "parse_int": integer, **hooks}
-    return json.loads(data.decode("utf-8"), **options)
+    hooks = {"parse_int": integer, **hooks}
+    value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, **hooks)  # type: ignore
+    level = [value]
+    for _ in range(DEPTH_LIMIT):
+        level = [inner for outer in level for inner in values_in(outer)]
+    if level:  # what is deeper may be past what an error message could show of it
+        raise ValueError(f"nested more than {DEPTH_LIMIT} deep")
+    return value
+
+
+def values_in(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def integer(text: str) -> int:

@@ -7,15 +7,19 @@ for each module. Whether a module is quantised at all, its tensors say.
 from __future__ import annotations
 
 import json
-import re
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm4.tensor_files import CheckpointError, read_json
+from glm4.checkpoint_file import CheckpointError, read_json
+from glm4.module_pattern import ModulePattern, Name
 
 # Files of their own, in which older tools described what they did.
 SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Each takes up to 20 microseconds for each module; an expression for each has some six.
+PATTERNS_LIMIT = 5000
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,15 @@ class Quantization:
     A pattern is a module's name, a regular expression after "re:", or "Linear", which is all."""
 
     path: Path
-    rules: tuple[tuple[str, Scheme | None], ...]
+    rules: tuple[tuple[str | ModulePattern, Scheme | None], ...]
 
     def scheme(self, module: str) -> Scheme | None:
+        name = Name(module)
         for pattern, scheme in self.rules:
-            if pattern in (module, "Linear") or (
-                pattern.startswith("re:") and re.match(pattern[3:], module)
-            ):
+            if isinstance(pattern, str):
+                if pattern in (module, "Linear"):
+                    return scheme
+            elif pattern.matches(name):
                 return scheme
         return None
 
@@ -61,7 +67,7 @@ def read_quantization(folder: Path, config_json: dict[str, Any]) -> Quantization
     path, method = folder / "config.json", None
     given = config_json.get("quantization_config", config_json.get("compression_config"))
     if given is None:
-        path = next((folder / name for name in SIDE_FILES if (folder / name).is_file()), path)
+        path = next(filter(os.path.lexists, (folder / name for name in SIDE_FILES)), path)
         if path.name not in SIDE_FILES:
             return None
         given, method = read_json(path), SIDE_FILES[path.name]
@@ -74,14 +80,31 @@ def read_quantization(folder: Path, config_json: dict[str, Any]) -> Quantization
     if not isinstance(method, str) or method not in readers:
         raise bad_field(path, "quant_method", ", ".join(readers), method)
     rules = readers[method](path, given)
-    for pattern, _ in rules:
+    return Quantization(path, tuple(compiled(path, rules)))
+
+
+def compiled(
+    path: Path, rules: list[tuple[str, Scheme | None]]
+) -> Iterator[tuple[str | ModulePattern, Scheme | None]]:
+    size = 0
+    for text, scheme in rules:
+        if not text.startswith("re:"):
+            yield text, scheme
+            continue
         try:
-            re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
+            pattern = ModulePattern(text[3:])
+        except ValueError as error:
             raise CheckpointError(
-                f"{path}: pattern {pattern!r} must be a regular expression ({error})"
+                f"{path}: pattern {show(text)} must be a regular expression, as far as they are "
+                f"read here ({error})"
             ) from None
-    return Quantization(path, tuple(rules))
+        size += pattern.size
+        if size > PATTERNS_LIMIT:
+            raise CheckpointError(
+                f"{path}: quantization_config: its regular expressions must have at most "
+                f"{PATTERNS_LIMIT} parts together"
+            )
+        yield pattern, scheme
 
 
 def compressed_tensors(path: Path, given: dict[str, Any]) -> list[tuple[str, Scheme | None]]:

@@ -80,7 +80,7 @@ class Stored:
         if not same or tensor.device.type != "cpu":
             tensor.copy_(self.read())
             return
-        memory = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        memory = tensor.reshape(-1).view(torch.uint8).numpy().data
         with opened(self.path, anywhere=True) as file:
             self.check_version(file)
             file.seek(self.start)
@@ -154,17 +154,11 @@ def parse_header(header: bytes, n_data: int) -> list[Entry]:
 
 
 def entry(name: str, info: Any) -> Entry:
-    fields = info if isinstance(info, dict) else {}
-    dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
-    if not (isinstance(dtype, str) and dtype in BITS and is_sizes(shape) and is_sizes(offsets)):
-        raise ValueError(f"tensor {name} has no known dtype, shape and data_offsets")
-    if len(offsets) != 2:
-        raise ValueError(f"tensor {name} has {len(offsets)} data_offsets")
-    return offsets[0], offsets[1], name, dtype, tuple(shape)
-
-
-def is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int for size in value)
+    match info:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
+            if dtype in BITS and all(type(size) is int for size in (*shape, begin, end)):
+                return begin, end, name, dtype, tuple(shape)
+    raise ValueError(f"tensor {name} has no known dtype, shape and data_offsets")
 
 
 def n_bits(dtype: str, shape: Iterable[int]) -> int:

@@ -9,9 +9,19 @@ order of the whole's rank, which is the order of joining.
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from glm4.checkpoint_file import read_file
+
+# Bytes: of the file, GLM-4's has 2.6 MB; of a token, which can be split in as many ways; of all
+# pairs of splits, GLM-4's have some 4 MB. Without them a small file could ask for any memory.
+FILE_LIMIT = 8 << 20
+TOKEN_LIMIT = 1024
+PAIRS_LIMIT = 64 << 20
 
 # How GLM-4's text is cut into words.
 WORDS = (
@@ -31,15 +41,30 @@ def convert_tokenizer(path: Path) -> Tokenizer:
     ranks = read_ranks(path)
     letters = byte_letters()
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    pairs = []
+    merges: list[tuple[str, str]] = []
+    n_bytes = 0
     for token in ranks:
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [(a, b) for a, b in splits if a in ranks and b in ranks]
-        pairs += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        pairs = splits(token, ranks)
+        n_bytes += len(token) * len(pairs)
+        if n_bytes > PAIRS_LIMIT:
+            raise ValueError(
+                f"{path}: its tokens must split into pairs of at most {PAIRS_LIMIT >> 20} MB"
+            )
+        merges += [(names[a], names[b]) for a, b in pairs]
     vocab = {names[token]: rank for token, rank in ranks.items()}
-    merges = [(names[a], names[b]) for a, b in pairs]
+    with errors_of_tokenizers(f"{path}: not a tokenizer that can be read"):
+        return assembled(models.BPE(vocab, merges, ignore_merges=True))
 
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+
+def splits(token: bytes, ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pairs of tokens that make `token`, in the order of their ranks."""
+    halves = ((token[:i], token[i:]) for i in range(1, len(token)))
+    known = [(a, b) for a, b in halves if a in ranks and b in ranks]
+    return sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+
+
+def assembled(model: models.Model) -> Tokenizer:
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(WORDS), "isolated"),
@@ -55,17 +80,34 @@ def convert_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+@contextmanager
+def errors_of_tokenizers(what: str) -> Iterator[None]:
+    """Whatever the library raises, as a ValueError of one line. A panic of it is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C, for instance
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from None
+
+
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Each token's rank, in the order of the ranks."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_file(path, FILE_LIMIT).splitlines(), 1):
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            text, rank = line.split()
+            token = base64.b64decode(text, validate=True)
+            ranks[token] = int(rank) if len(rank) < 10 else -1  # no rank is as long
         except ValueError:
             raise ValueError(
                 f"{path}: line {number} must be base64 and a rank, got {line[:40]!a}"
             ) from None
+        if len(token) > TOKEN_LIMIT:
+            raise ValueError(
+                f"{path}: line {number} must be a token of at most {TOKEN_LIMIT} bytes, "
+                f"got {len(token)}"
+            )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"{path}: must rank every byte and number its tokens from 0 without gaps")

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from checkpoints import SIZES, split_into_shards, write_checkpoint, write_json
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import glm4
 from glm4.config_json import read_config

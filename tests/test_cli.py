@@ -213,7 +213,7 @@ def change_config(folder, **changes):
         (nan_weights, r"model\.safetensors: tensor lm_head\.weight must be finite, got NaN"),
         (missing_tensor, r"model\.safetensors: tensor model\.norm\.weight \[64\] is missing"),
         (no_tokenizer, r"tiny: tokenizer\.json is missing"),
-        (remote_code_tokenizer, r"tiny: holds only tokenizer\.model, .* later release"),
+        (remote_code_tokenizer, r"tiny/tokenizer\.model: line 1 must be base64 and a rank, got"),
         (broken_tokenizer, r"tokenizer\.json: not a tokenizer that can be read"),
         (tokenizer_of_a_larger_model, r"prompts\[0\] must be token ids in \[0, 320\), got 15\d\d"),
         (long_prompt, r"prompts\[0\] .* at most 256 tokens .* got 302 \+ 1, .* GiB"),
