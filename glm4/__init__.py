@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glm4.checkpoint import load
+    from glm4.checkpoint_file import CheckpointError
     from glm4.model import PRESETS, Config, Model
     from glm4.quantize import quantize_checkpoint
-    from glm4.tensor_files import CheckpointError
 
 HOMES = {
     "PRESETS": "glm4.model",
-    "CheckpointError": "glm4.tensor_files",
+    "CheckpointError": "glm4.checkpoint_file",
     "Config": "glm4.model",
     "Model": "glm4.model",
     "load": "glm4.checkpoint",

@@ -62,12 +62,10 @@ def place_of(path: Path, anywhere: bool = False) -> Path:
     try:
         folder, place = (Path(os.path.realpath(p, strict=True)) for p in (path.parent, path))
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        if path.is_symlink() and isinstance(error, FileNotFoundError):
-            reason = f"is a link to {os.readlink(path)}, which is not there"
-        elif isinstance(error, FileNotFoundError):
-            reason = "no such file"
-        else:
-            reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        if isinstance(error, FileNotFoundError):
+            link = os.readlink(path) if path.is_symlink() else None
+            reason = f"is a link to {link}, which is not there" if link else "no such file"
         raise CheckpointError(f"{path}: {reason}") from None
     if not (anywhere or place.is_relative_to(folder) or is_blob(place, folder)):
         raise CheckpointError(

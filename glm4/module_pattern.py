@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 # Parts of one expression after its repeats are written out, and groups within groups.
@@ -165,12 +166,12 @@ class ModulePattern:
     def sequence(self) -> Node:
         parts: list[Node] = []
         while self.at < len(self.source) and self.source[self.at] not in "|)":
-            part = self.repeated(self.atom())
-            if part[0] == "text" and parts and parts[-1][0] == "text":
-                parts[-1] = ("text", parts[-1][1] + part[1])
-            else:
-                parts.append(part)
-        return ("sequence", *parts)
+            parts.append(self.repeated(self.atom()))
+        joined: list[Node] = []
+        for is_text, run in groupby(parts, lambda part: part[0] == "text"):
+            nodes = list(run)
+            joined += [("text", "".join(text for _, text in nodes))] if is_text else nodes
+        return ("sequence", *joined)
 
     def repeated(self, atom: Node) -> Node:
         found = REPEAT.match(self.source, self.at)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -47,6 +48,7 @@ BITS = {
     "F4": 4,
 }
 HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
+PIECE = 4 << 20  # values that are read before they are converted, or copied to a GPU
 
 
 @dataclass(frozen=True)
@@ -62,30 +64,36 @@ class Stored:
     placed: bool = True  # false: the index does not know it
 
     def read(self) -> Tensor:
+        tensor = torch.empty(self.shape, dtype=self.torch_dtype, device="cpu")
+        self.read_into(tensor)
+        return tensor
+
+    def read_into(self, tensor: Tensor) -> None:
+        """Fills `tensor`, contiguous and of this shape: in place if it lies in memory as it does on
+        disk, else piece by piece."""
+        if tensor.shape != self.shape:  # or copy_ would broadcast
+            raise bad_value("read_into", "tensor", list(self.shape), list(tensor.shape))
+        in_place = tensor.dtype == self.torch_dtype and tensor.device.type == "cpu"
+        n_values = 0 if in_place else min(tensor.numel(), PIECE)
+        buffer = torch.empty(n_values, dtype=self.torch_dtype, device="cpu")
+        with opened(self.path, anywhere=True) as file:
+            self.check_version(file)
+            file.seek(self.start)
+            for piece in tensor.view(-1).split(PIECE):
+                read = piece if in_place else buffer[: len(piece)]
+                read_exactly(file, read.view(torch.uint8).numpy().data, self.path)
+                if not in_place:
+                    piece.copy_(read)
+            self.check_version(file)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
         if self.dtype not in READABLE_DTYPES:
             expected = ", ".join(READABLE_DTYPES)
             raise CheckpointError(
                 f"{self.path}: tensor {self.name} must be {expected}, got {self.dtype}"
             )
-        tensor = torch.empty(self.shape, dtype=READABLE_DTYPES[self.dtype], device="cpu")
-        self.read_into(tensor)
-        return tensor
-
-    def read_into(self, tensor: Tensor) -> None:
-        """Fills `tensor`, of this shape: in place if it lies in memory as it does on disk, else by
-        way of a copy."""
-        if tensor.shape != self.shape:  # or copy_ would broadcast
-            raise bad_value("read_into", "tensor", list(self.shape), list(tensor.shape))
-        same = tensor.dtype == READABLE_DTYPES.get(self.dtype) and tensor.is_contiguous()
-        if not same or tensor.device.type != "cpu":
-            tensor.copy_(self.read())
-            return
-        memory = tensor.reshape(-1).view(torch.uint8).numpy().data
-        with opened(self.path, anywhere=True) as file:
-            self.check_version(file)
-            file.seek(self.start)
-            read_exactly(file, memory, self.path)
-            self.check_version(file)
+        return READABLE_DTYPES[self.dtype]
 
     def check_version(self, file: FileIO) -> None:
         if version_of(file) != self.version:
@@ -136,7 +144,8 @@ def parse_header(header: bytes, n_data: int) -> list[Entry]:
     infos = parse_json(header, parse_int=size_of_text, parse_constant=no_number)
     if not isinstance(infos, dict):
         raise ValueError("its header is no object")
-    texts = infos.pop("__metadata__", None) or {}
+    texts = infos.pop("__metadata__", None)
+    texts = {} if texts is None else texts
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise ValueError("its __metadata__ is no object of texts")
     "".join((*infos, *texts, *texts.values())).encode()  # raises on half a surrogate pair
@@ -210,8 +219,12 @@ def lone(paths: Iterable[Path]) -> Path | None:
 
 
 def indexed_tensors(index: Path) -> dict[str, Stored]:
-    """A shard may hold more than the index places in it: of a tensor in two, the indexed one
-    counts."""
+    """A shard may hold more than the index places in it: of a tensor in two shards that one counts
+    which the index names, and one that it does not know is there if the model needs it.
+
+    transformers goes by the order of the files instead, the last one wins: a warning says where
+    that is another.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must be an object of tensor: file")
@@ -221,7 +234,7 @@ def indexed_tensors(index: Path) -> dict[str, Stored]:
             raise CheckpointError(
                 f"{index}: the file of tensor {name} must be a .safetensors beside it, got {file!r}"
             )
-    stored = {}
+    stored, overruled = {}, {}
     for file in sorted(set(weight_map.values())):
         for tensor in tensors_in(index.parent / file):
             place = weight_map.get(tensor.name)
@@ -229,6 +242,15 @@ def indexed_tensors(index: Path) -> dict[str, Stored]:
                 stored[tensor.name] = tensor
             elif place is None:
                 stored[tensor.name] = replace(tensor, placed=False)
+            elif place < file:
+                overruled[tensor.name] = file
+    if overruled:
+        name, file = next(iter(overruled.items()))
+        warnings.warn(
+            f"{index}: tensor {name} is read from {weight_map[name]}, as it says; transformers "
+            f"would take the one in {file} ({len(overruled)} such)",
+            stacklevel=2,
+        )
     for name, file in weight_map.items():
         if name not in stored:
             raise CheckpointError(f"{index.parent / file}: tensor {name} is missing")

@@ -17,8 +17,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from glm4.checkpoint_file import read_file
 
-# Bytes: of the file, GLM-4's has 2.6 MB; of a token, which can be split in as many ways; of all
-# pairs of splits, GLM-4's have some 4 MB. Without them a small file could ask for any memory.
+# Bytes: of the file, of which GLM-4's has 2.6 MB; of a token, which can be split in as many ways;
+# of all pairs of tokens that make another, 5 for each token of the demo, 400 allowed for GLM-4's.
+# Without them a small file could ask for any memory.
 FILE_LIMIT = 8 << 20
 TOKEN_LIMIT = 1024
 PAIRS_LIMIT = 64 << 20

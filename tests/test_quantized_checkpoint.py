@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -304,6 +305,20 @@ def test_dynamic_rules_of_gptqmodel(sources, tmp_path):
     check_read(tmp_path, weights)
 
 
+@pytest.mark.parametrize("config", ["ct", "dynamic"])
+def test_patterns_that_backtrack_do_not_hang(config, sources, tmp_path):
+    hangs = r"(([a-z0-9_.]+)+)+!"
+    rules = {
+        "ct": ct(4, 128, ignore=[f"re:{hangs}", *HEADS]),
+        "dynamic": gptq_config(dynamic={f"-:{hangs}": {}}),
+    }
+    make = maker(pack_quantized if config == "ct" else gptq)
+    write_quantized(tmp_path, sources / "transformers", rules[config], make)
+    start = time.process_time()
+    glm4.load(tmp_path, "cpu")
+    assert time.process_time() - start < 5
+
+
 @pytest.mark.parametrize(
     ("file", "given", "pack"),
     [
@@ -526,6 +541,15 @@ CONFIGS = [
     (gptq_config(dynamic=[1]), "dynamic must be an object"),
     (gptq_config(dynamic={".*q": 8}), r"dynamic\.\.\*q must be an object, got 8"),
     (gptq_config(dynamic={"(": {"bits": 8}}), r"pattern 're:\(' must be a regular expression"),
+    (gptq_config(dynamic={r"-:(a)\1": {}}), "expression, as far as they are read here .references"),
+    (gptq_config(dynamic={"-:a{99999999999}": {}}), "expression, .*more than 1000 parts"),
+    (gptq_config(dynamic={"-:" + "(" * 9999: {}}), r"'re:\(+\.\.\. must be a regular .*50 groups"),
+    (ct(4, 128, targets=["re:(?<=x)y"]), r"pattern 're:\(\?<=x\)y' must be a regular expression"),
+    (ct(4, 128, ignore=["re:(?i)head"]), r"pattern 're:\(\?i\)head' must be a regular expression"),
+    (
+        gptq_config(dynamic={f"-:{i}(a{{900}})": {} for i in range(6)}),
+        "its regular expressions must have at most 5000 parts together",
+    ),
     (gptq_config(dynamic={".*q": {"bits": 2}}), r"dynamic\.\.\*q: bits must be 4 or 8, got 2"),
     (awq_config(version="gemv"), "version must be 'gemm', got 'gemv'"),
     (awq_config(version=None), "version must be 'gemm', got 'none'"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from checkpoints import write_tokenizer
@@ -67,6 +68,75 @@ def test_streaming_any_tokens_is_decoding_them(tokens):
     stream = TextStream(DEMO_TOKENIZER)
     text = "".join([stream.push(token) for token in tokens])
     assert text + stream.end() == DEMO_TOKENIZER.decode(tokens)
+
+
+def test_streaming_is_linear_in_what_cannot_be_shown(tokenizer):
+    """Bytes that never become a character: decoded from the first one again, each took longer."""
+    (byte,) = tokenizer.encode("\u00ff")[3:]  # of C3 BF the second
+    stream = TextStream(tokenizer)
+    start = time.process_time()
+    assert {stream.push(byte) for _ in range(50000)} == {"\ufffd"}
+    assert time.process_time() - start < 1
+    assert stream.end() == ""
+
+
+@given(tokens=st.lists(st.integers(0, 1535) | st.integers(1524, 1530), max_size=40))
+def test_decoding_is_that_of_the_library(tokens, added_texts):
+    assert added_texts.decode(tokens) == added_texts.backend.decode(tokens)
+    assert DEMO_TOKENIZER.decode(tokens) == DEMO_TOKENIZER.backend.decode(tokens)
+
+
+@pytest.fixture(scope="module")
+def added_texts(tmp_path_factory):
+    """The demo's and texts added to it: of letters that stand for bytes, and of others."""
+    content = json.loads((DEMO / "tokenizer.json").read_text())
+    for i, text in enumerate(["日本", "é", "a b", "<think>", "ĠĊ"]):
+        entry = content["added_tokens"][0] | {"id": 1524 + i, "content": text, "special": False}
+        content["added_tokens"].append(entry)
+    folder = tmp_path_factory.mktemp("added")
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return Tokenizer(folder)
+
+
+def changed(folder, change):
+    """The small tokenizer.json, changed."""
+    path = write_tokenizer(folder) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def test_panics_of_the_library_are_one_line(tmp_path):
+    """They are no Exception, and would pass every handler."""
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    folder = changed(tmp_path / "a", lambda content: content.update(normalizer=charsmap))
+    with pytest.raises(ValueError, match=r"a/tokenizer.json: not a tokenizer that can be read: P"):
+        Tokenizer(folder)
+    split = {
+        "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
+    }  # fmt: skip
+    folder = changed(tmp_path / "b", lambda content: content.update(pre_tokenizer=split))
+    with pytest.raises(ValueError, match=r"b/tokenizer.json: cannot encode the prompt: Onig") as e:
+        Tokenizer(folder).encode("a" * 40 + "b")
+    assert "\n" not in str(e.value)
+
+
+def test_ctrl_c_passes(tokenizer, monkeypatch):
+    class Interrupted:
+        def encode(self, *_, **__):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "backend", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("a")
+
+
+def test_other_decoders_are_refused(tmp_path):
+    for decoder in (None, {"type": "ByteFallback"}):
+        folder = changed(tmp_path, lambda content, decoder=decoder: content.update(decoder=decoder))
+        with pytest.raises(ValueError, match=r"tokenizer.json: decoder must be ByteLevel, as GLM"):
+            Tokenizer(folder)
 
 
 def test_demo_tokenizer():
