@@ -244,6 +244,9 @@ def indexed_tensors(index: Path) -> dict[str, Stored]:
                 stored[tensor.name] = replace(tensor, placed=False)
             elif place < file:
                 overruled[tensor.name] = file
+    for name, file in weight_map.items():
+        if name not in stored:
+            raise CheckpointError(f"{index.parent / file}: tensor {name} is missing")
     if overruled:
         name, file = next(iter(overruled.items()))
         warnings.warn(
@@ -251,9 +254,6 @@ def indexed_tensors(index: Path) -> dict[str, Stored]:
             f"would take the one in {file} ({len(overruled)} such)",
             stacklevel=2,
         )
-    for name, file in weight_map.items():
-        if name not in stored:
-            raise CheckpointError(f"{index.parent / file}: tensor {name} is missing")
     return stored
 
 

@@ -17,9 +17,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from glm4.checkpoint_file import read_file
 
-# Bytes: of the file, of which GLM-4's has 2.6 MB; of a token, which can be split in as many ways;
-# of all pairs of tokens that make another, 5 for each token of the demo, 400 allowed for GLM-4's.
-# Without them a small file could ask for any memory.
+# Bytes: of the file; of a token, which can be split in as many ways; of all pairs of tokens that
+# make another. GLM-4's file has 2.6 MB; tiktoken's o200k_base, which is larger, has 128 bytes in
+# its longest token and 3.2 MB in pairs. Without limits a small file could ask for any memory.
 FILE_LIMIT = 8 << 20
 TOKEN_LIMIT = 1024
 PAIRS_LIMIT = 64 << 20
