@@ -252,13 +252,6 @@ def find_part(
     return QuantizedPart(module, scheme, (n, k), found)
 
 
-def is_idle_bias(quantization: Quantization, bias: Stored) -> bool:
-    """AutoGPTQ up to 0.7.1 stores a bias of zeros for every layer that has none."""
-    module, _, kind = bias.name.rpartition(".")
-    scheme = quantization.scheme(module) if kind == "bias" else None
-    return scheme is not None and "gptq" in scheme.format and not bias.read().any()
-
-
 def read_quantized(parts: Sequence[QuantizedPart], device: torch.device) -> gk.QuantizedWeight:
     """One matrix whose rows are those of `parts`, in the layout of the device's kernels."""
     codes = [part.read() for part in parts]

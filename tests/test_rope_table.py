@@ -117,7 +117,7 @@ def test_edges():
         (ValueError, r"scaling\['factor'\] must be at least 1, got 0.5", {"factor": 0.5}),
         (ValueError, r"scaling\['beta_fast'\] must be positive", {"beta_fast": -1}),
         (TypeError, r"scaling\['factor'\] must be a number, got None", {"factor": None}),
-        (TypeError, r"scaling\['factor'\] must be a number, got 4", {"factor": "4"}),
+        (TypeError, r"scaling\['factor'\] must be a number, got '4'", {"factor": "4"}),
         (TypeError, r"scaling\['truncate'\] must be a bool", {"truncate": 1}),
     ],
 )
