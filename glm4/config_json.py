@@ -103,7 +103,7 @@ def config_of(
     except ValueError as error:
         field, _, rest = str(error).partition(" ")
         raise CheckpointError(f"{path}: {theirs.get(field, field)} {rest}") from None
-    other = FIELDS["eps"][not remote_code]  # shapes tell of the other fields if they are wrong
+    other = FIELDS["eps"][remote_code]  # of the other fields, shapes tell which is wrong
     if not same(config_json.get(other, config.eps), config.eps):
         raise CheckpointError(
             f"{path}: {theirs['eps']} and {other} must be one number, got "

@@ -84,13 +84,13 @@ class Config:
             value = getattr(self, field)
             if type(value) is not int or not 1 <= value <= limit:
                 raise ValueError(f"{field} must be an integer from 1 to {limit}, got {got(value)}")
-        for field, lowest, limit in (("eps", 0, 1), ("theta", 1, MAX_THETA)):
+        for field, lowest, highest in (("eps", 0, 1), ("theta", 1, MAX_THETA)):
             value = getattr(self, field)
             if type(value) not in (int, float) or not lowest < value < math.inf:
                 over = f" over {lowest}" if lowest else ""
                 raise ValueError(f"{field} must be a positive number{over}, got {got(value)}")
-            if value > limit:
-                raise ValueError(f"{field} must be at most {limit:g}, got {got(value)}")
+            if value > highest:
+                raise ValueError(f"{field} must be at most {highest:g}, got {got(value)}")
         for field in ("qkv_bias", "sandwich", "tied"):
             if type(getattr(self, field)) is not bool:
                 raise ValueError(f"{field} must be true or false, got {got(getattr(self, field))}")
