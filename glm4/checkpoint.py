@@ -153,6 +153,11 @@ def examine(folder: Path, rope_theta: float | None = None) -> Checkpoint:
         config = replace(config, sandwich=norm.keys() <= stored.keys())
     if config.tied:
         config = settle_tied_head(config, stored, naming)
+        if not config.tied:
+            remarks.append(
+                f"{listing}: the head differs from the embedding, though tie_word_embeddings is "
+                "true; both are used as they are stored"
+            )
     quantization = read_quantization(folder, config_json)
     floats, quantised = match_tensors(config, stored, listing, naming, quantization)
     remarks += settle_unused(stored, listing)
@@ -270,8 +275,8 @@ def settle_unused(stored: dict[str, Stored], listing: Path) -> list[str]:
     remarks = []
     if scales:
         remarks.append(
-            f"{listing}: scales of a quantised KV cache are not used, as the cache holds K and V "
-            f"unquantised: {some(scales)}"
+            f"{listing}: the KV cache is not quantised here, so the scales for that are not used: "
+            f"{some(scales)}"
         )
     if others:
         remarks.append(

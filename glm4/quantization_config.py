@@ -70,7 +70,13 @@ def read_quantization(folder: Path, config_json: dict[str, Any]) -> Quantization
     if "config_groups" in given:
         method = "compressed-tensors"
     method = given.get("quant_method", method)
-    readers = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
+    readers = {
+        "compressed-tensors": compressed_tensors,
+        "gptq": gptq,
+        "awq": awq,
+        "auto-round": auto_round,
+        "intel/auto-round": auto_round,
+    }
     if not isinstance(method, str) or method not in readers:
         raise bad_field(path, "quant_method", ", ".join(readers), method)
     rules = readers[method](path, given)
@@ -188,6 +194,47 @@ def awq(path: Path, given: dict[str, Any]) -> list[tuple[str, Scheme | None]]:
     fields = {synonyms.get(name, name): value for name, value in given.items()}
     bits, group_size = size_fields(path, fields, "", (4,))
     return [("Linear", Scheme("awq", bits, group_size))]
+
+
+# AutoRound's words for how it packed; zero points are stored less 1 in its first two.
+PACKINGS = {
+    "auto_round:auto_gptq": "gptq",
+    "auto_round:gptq": "gptq",
+    "auto_round": "gptq_v2",
+    "auto_round:gptqmodel": "gptq_v2",
+    "auto_round:auto_awq": "awq",
+    "auto_round:awq": "awq",
+}
+
+
+def auto_round(path: Path, given: dict[str, Any]) -> list[tuple[str, Scheme | None]]:
+    """One rule for all modules, after the exceptions of `extra_config`, by name or by a regular
+    expression that is found in it."""
+    packing = given.get("packing_format", given.get("backend"))  # the older name
+    check_field(path, "packing_format", packing, tuple(PACKINGS))
+    stored_as = PACKINGS[packing]  # type: ignore[index]
+
+    def scheme(fields: dict[str, Any], own: str = "") -> Scheme | None:
+        if fields.get("bits") in (16, 32):
+            return None
+        check_field(path, f"{own}data_type", fields.get("data_type", "int"), ("int",))
+        check_field(path, f"{own}act_bits", fields.get("act_bits"), (None, 16, 32))
+        symmetric = fields.get("sym", True)
+        check_field(path, f"{own}sym", symmetric, (True, False))
+        allowed = (4,) if stored_as == "awq" else (4, 8)
+        bits, group_size = size_fields(path, fields, own, allowed)
+        return Scheme(stored_as, bits, group_size, None if stored_as == "awq" else symmetric)
+
+    extra = given.get("extra_config") or {}
+    if not isinstance(extra, dict):
+        raise bad_field(path, "extra_config", "an object", extra)
+    rules: list[tuple[str, Scheme | None]] = []
+    for name, changes in extra.items():
+        if not isinstance(changes, dict):
+            raise bad_field(path, f"extra_config.{name}", "an object", changes)
+        pattern = f"re:.*(?:{name})" if re.search(r"[^\w.-]", name) else name
+        rules.append((pattern, scheme(given | changes, f"extra_config.{name}: ")))
+    return [*rules, ("Linear", scheme(given))]
 
 
 def size_fields(
