@@ -6,8 +6,8 @@ for each module. Whether a module is quantised at all, its tensors say.
 
 from __future__ import annotations
 
-import json
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,8 @@ def compressed_tensors(path: Path, given: dict[str, Any]) -> list[tuple[str, Sch
     if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
         raise bad_field(path, "sparsity_config", "empty", sparsity)
     groups, ignore = given.get("config_groups"), given.get("ignore") or []
+    if not groups and given.get("kv_cache_scheme"):
+        return []  # what is quantised is the cache, not a weight
     if not isinstance(groups, dict) or not groups:
         raise bad_field(path, "config_groups", "an object of groups", groups)
     if not is_strings(ignore):
@@ -162,7 +164,7 @@ def gptq(path: Path, given: dict[str, Any]) -> list[tuple[str, Scheme | None]]:
     check_field(path, "rotation", given.get("rotation"), (None, ""))
     meta = given.get("meta")
     tools = meta.get("quantizer") if isinstance(meta, dict) else None
-    by_gptqmodel = "gptqmodel" in json.dumps(tools).lower()
+    by_gptqmodel = "gptqmodel" in show(tools).lower()
 
     def scheme(fields: dict[str, Any], own: str = "") -> Scheme:
         symmetric, act_order = fields.get("sym", True), fields.get("desc_act", False)
@@ -265,8 +267,7 @@ def is_strings(value: Any) -> bool:
 
 
 def show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return reprlib.repr(value)  # of bounded length and depth
 
 
 def write_quantization(schemes: dict[str, Scheme | None]) -> dict[str, Any]:
