@@ -156,7 +156,10 @@ def declared_dtype(path: Path, config_json: dict[str, Any]) -> torch.dtype | Non
 
 
 def read_stop_ids(folder: Path, config_json: dict[str, Any], vocab: int) -> tuple[int, ...]:
-    """The stop ids of generation_config.json, else of config.json, else the family's."""
+    """The stop ids of generation_config.json, else of config.json, else the family's.
+
+    As in transformers, but for a generation_config.json without any, with which it never stops.
+    """
     path, ids = folder / "config.json", config_json.get("eos_token_id")
     if (folder / "generation_config.json").is_file():
         generation = read_json(folder / "generation_config.json")

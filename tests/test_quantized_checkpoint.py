@@ -74,6 +74,11 @@ def awq_config(**fields):
     return {"quantization_config": given}
 
 
+def auto_round_config(packing="auto_round:auto_gptq", **fields):
+    given = {"quant_method": "auto-round", "packing_format": packing, "data_type": "int"}
+    return {"quantization_config": given | {"bits": 4, "group_size": 128, "sym": True, **fields}}
+
+
 def maker(pack, heads=False, **sizes):
     """Makes every linear layer but the head alike."""
 
@@ -211,6 +216,19 @@ READABLE = {
         maker(gptq, group_size=160, symmetric=False),
     ),
     "awq": (awq_config(), maker(awq, symmetric=False, lowest_zero=0)),
+    "auto-round as gptq": (auto_round_config(), maker(lambda m: gptq(m, g_idx=False))),
+    "auto-round as gptq, int8 asymmetric": (
+        auto_round_config(bits=8, group_size=-1, sym=False),
+        maker(lambda m: gptq(m, g_idx=False), bits=8, group_size=None, symmetric=False),
+    ),
+    "auto-round, zero points as they are": (
+        auto_round_config("auto_round", sym=False),
+        maker(lambda m: gptq(m, version=2, g_idx=False), symmetric=False, lowest_zero=0),
+    ),
+    "auto-round as awq": (
+        auto_round_config("auto_round:auto_awq", sym=False),
+        maker(awq, symmetric=False, lowest_zero=0),
+    ),
     "awq g32": (
         awq_config(group_size=32, version="gemm"),
         maker(awq, group_size=32, symmetric=False, lowest_zero=0),
@@ -302,6 +320,20 @@ def test_dynamic_rules_of_gptqmodel(sources, tmp_path):
     config = gptq_config(group_size=64, dynamic=dynamic)
     weights = write_quantized(tmp_path, sources / "transformers", config, mixed(kinds, gptq))
     check_read(tmp_path, weights)
+
+
+def test_extra_config_of_auto_round(sources, tmp_path):
+    """By name, or by an expression that is found in the name."""
+    kinds = {
+        "o_proj": {"bits": 8, "group_size": 32},
+        "down_proj": {"bits": 8, "group_size": 128},
+        "gate_up_proj": {"bits": 4, "group_size": 64},
+    }
+    extra = {f"model.layers.{i}.self_attn.o_proj": {"bits": 8, "group_size": 32} for i in range(2)}
+    extra |= {"down.*": {"bits": 8, "group_size": 128}, "lm_head": {"bits": 16}}
+    config = auto_round_config(group_size=64, extra_config=extra)
+    make = mixed(kinds, lambda m: gptq(m, g_idx=False))
+    check_read(tmp_path, write_quantized(tmp_path, sources / "transformers", config, make))
 
 
 @pytest.mark.parametrize(
@@ -527,6 +559,14 @@ CONFIGS = [
     (gptq_config(dynamic={".*q": 8}), r"dynamic\.\.\*q must be an object, got 8"),
     (gptq_config(dynamic={"(": {"bits": 8}}), r"pattern 're:\(' must be a regular expression"),
     (gptq_config(dynamic={".*q": {"bits": 2}}), r"dynamic\.\.\*q: bits must be 4 or 8, got 2"),
+    (auto_round_config(None), "packing_format must be 'auto_round:auto_gptq' or .* got None"),
+    (auto_round_config("auto_round:llm_compressor"), "got 'auto_round:llm_compressor'"),
+    (auto_round_config(data_type="mx_fp"), "data_type must be 'int', got 'mx_fp'"),
+    (auto_round_config(act_bits=8), "act_bits must be None or 16 or 32, got 8"),
+    (auto_round_config(bits=2), "bits must be 4 or 8, got 2"),
+    (auto_round_config(extra_config=[1]), "extra_config must be an object"),
+    (auto_round_config(extra_config={"o": {"bits": 3}}), "extra_config.o: bits must be 4 or 8"),
+    (auto_round_config(extra_config={"(": {"bits": 8}}), "must be a regular expression"),
     (awq_config(version="gemv"), "version must be 'gemm', got 'gemv'"),
     (awq_config(version=None), "version must be 'gemm', got 'none'"),
     (awq_config(bits=8), "bits must be 4, got 8"),

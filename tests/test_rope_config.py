@@ -16,6 +16,7 @@ from test_parity import LOGITS_TOLERANCE, relative_error
 
 import glm4
 from glm4.config_json import config_of
+from glm4.quantize import quantize_checkpoint
 
 TOP, PARAMETERS, SCALING = PLACES = ("top", "rope_parameters", "rope_scaling")
 ORIGINAL = "original_max_position_embeddings"
@@ -223,3 +224,36 @@ def test_remote_code(fields, theta, message, tmp_path):
     config, remarks = config_of(tmp_path, config_json)
     assert config.theta == theta and config.rotary_dim == 64 and config.rope_scaling is None
     assert [message in remark for remark in remarks] == ([True] if message else [])
+
+
+LOST = {PARAMETERS: SAVED | {"rope_theta": 5e6}, SCALING: README}
+SOURCES = {
+    "README": {PARAMETERS: SAVED, SCALING: README},
+    "theta lost": LOST,
+    "old style": {**THETA, "partial_rotary_factor": 0.25, SCALING: README},
+    "original at the top": {PARAMETERS: SAVED | YARN, ORIGINAL: 64},
+    "no scaling": {PARAMETERS: SAVED | {"rope_theta": 5e6}},
+    "stray fields": {PARAMETERS: SAVED, "rope_type": "yarn", "rope_ratio": 1},
+}
+
+
+@pytest.mark.parametrize("theta", [None, 7e5])
+@pytest.mark.parametrize("fields", SOURCES.values(), ids=SOURCES)
+def test_quantize_writes_what_all_read_alike(fields, theta, folder, tmp_path):
+    """One dict that holds all of it: transformers, whatever its version, and we read the same."""
+    config = config_with(None, {}) | fields
+    expected, _ = ours(folder, config, rope_theta=theta)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        target = quantize_checkpoint(folder, tmp_path / "target", rope_theta=theta)
+    written = json.loads((target / "config.json").read_text())
+    assert relative_error(theirs(folder, written)[0], expected) < LOGITS_TOLERANCE
+    config, remarks = config_of(target, written)
+    assert not remarks
+    # Of transformers 4.
+    scaling = written.get(SCALING) or {}
+    assert written["rope_theta"] == config.theta == (theta or config.theta)
+    assert written["partial_rotary_factor"] == config.rotary_dim / config.head_dim
+    assert (scaling.get("rope_type") == "yarn") == (config.rope_scaling is not None)
+    assert len({PARAMETERS, SCALING} & written.keys()) == 1
+    assert not {"rope_type", "rope_ratio", ORIGINAL} & written.keys()
