@@ -227,7 +227,7 @@ def match_tensors(
                     continue
             tensor = stored.pop(name, None)
             if tensor is None:
-                headless = ours == "lm_head" and naming.bare
+                headless = ours == "lm_head" and naming.bare and not naming.remote_code
                 why = "; it was saved from the base model, which has no head" if headless else ""
                 raise CheckpointError(f"{listing}: tensor {name} {expected} is missing{why}")
             if list(tensor.shape) != expected:

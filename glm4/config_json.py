@@ -55,19 +55,8 @@ def config_of(
     """The Config of what was read from config.json, and a line on each thing in it that should be
     known, though it is no error."""
     path = folder / "config.json"
-    model_type = config_json.get("model_type")
-    if model_type not in ("chatglm", "glm", "glm4") or "vision_config" in config_json:
-        vision = " with a vision_config" if "vision_config" in config_json else ""
-        raise CheckpointError(
-            f"{path}: model_type must be that of a dense GLM-4 for text (chatglm, glm or glm4), "
-            f"got {reprlib.repr(model_type)}{vision}"
-        )
-    for field, granted in GRANTED.items():
-        if config_json.get(field, granted) != granted:
-            expected, actual = json.dumps(granted), shown(config_json[field])
-            raise CheckpointError(f"{path}: {field} must be {expected}, got {actual}")
-
-    remote_code = model_type == "chatglm"
+    check_model(path, config_json)
+    remote_code = config_json["model_type"] == "chatglm"
     theirs = {field: names[0 if remote_code else 1] for field, names in FIELDS.items()}
     for name in theirs.values():
         if name not in config_json:
@@ -79,11 +68,11 @@ def config_of(
         "tied": "tie_word_embeddings",
     }
     try:
-        # Without theta and its scaling first: they are read by what the rest says.
+        # Sizes first: how RoPE and the stop ids are read depends on them.
         config = Config(
             **values,
             theta=1e4 if rope_theta is None else rope_theta,
-            sandwich=model_type == "glm4",
+            sandwich=config_json["model_type"] == "glm4",
             tied=config_json.get("tie_word_embeddings", False),
             eos_token_ids=(),
         )
@@ -103,22 +92,42 @@ def config_of(
     except ValueError as error:
         field, _, rest = str(error).partition(" ")
         raise CheckpointError(f"{path}: {theirs.get(field, field)} {rest}") from None
+
     other = FIELDS["eps"][remote_code]  # of the other fields, shapes tell which is wrong
-    if not same(config_json.get(other, config.eps), config.eps):
+    if config_json.get(other) is not None and not same(config_json[other], config.eps):
         raise CheckpointError(
             f"{path}: {theirs['eps']} and {other} must be one number, got "
             f"{shown(config.eps)} and {shown(config_json[other])}"
         )
-    remarks = [*rope.remarks]
-    if rope_theta is None and model_type == "glm":
+    remarks = [*rope.remarks, *differing_dtypes(path, config_json)]
+    if rope_theta is None and config_json["model_type"] == "glm":
         remarks += doubtful_theta(config, path)
-    new, old = config_json.get("dtype"), config_json.get("torch_dtype")
-    if isinstance(new, str) and isinstance(old, str) and new != old:
-        remarks.append(
-            f"{path}: dtype is {shown(new)} and torch_dtype {shown(old)}; the first holds, as in "
-            "transformers"
-        )
     return config, remarks
+
+
+def check_model(path: Path, config_json: dict[str, Any]) -> None:
+    """Refuses another kind of model, or a GLM-4 that is not built as ours."""
+    model_type = config_json.get("model_type")
+    if model_type not in ("chatglm", "glm", "glm4") or "vision_config" in config_json:
+        vision = " with a vision_config" if "vision_config" in config_json else ""
+        raise CheckpointError(
+            f"{path}: model_type must be that of a dense GLM-4 for text (chatglm, glm or glm4), "
+            f"got {reprlib.repr(model_type)}{vision}"
+        )
+    for field, granted in GRANTED.items():
+        if config_json.get(field, granted) != granted:
+            expected, actual = json.dumps(granted), shown(config_json[field])
+            raise CheckpointError(f"{path}: {field} must be {expected}, got {actual}")
+
+
+def differing_dtypes(path: Path, config_json: dict[str, Any]) -> list[str]:
+    new, old = config_json.get("dtype"), config_json.get("torch_dtype")
+    if not isinstance(new, str) or not isinstance(old, str) or new == old:
+        return []
+    return [
+        f"{path}: dtype is {shown(new)} and torch_dtype {shown(old)}; the first holds, as in "
+        "transformers"
+    ]
 
 
 def doubtful_theta(config: Config, path: Path) -> list[str]:
