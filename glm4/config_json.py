@@ -138,8 +138,8 @@ def doubtful_theta(config: Config, path: Path) -> list[str]:
     original = "1e8" if config.kv_heads == 4 else "5e6"
     return [
         f"{path}: rope_theta is 10000, but the original checkpoint has {original}, and a wrong "
-        f"theta does not show in short texts; load with rope_theta={original}, or with "
-        "rope_theta=1e4 to keep it and silence this"
+        f"theta does not show in short texts; load with rope_theta={original} (--rope-theta), or "
+        "with rope_theta=1e4 to keep it and silence this"
     ]
 
 
@@ -158,7 +158,7 @@ def declared_dtype(path: Path, config_json: dict[str, Any]) -> torch.dtype | Non
             if not isinstance(declared, str) or declared not in DTYPES:
                 raise CheckpointError(
                     f"{path}: {name} must be {', '.join(DTYPES)}, got {shown(declared)}; "
-                    "load with a dtype to override it"
+                    "correct it, or load with a dtype (--dtype)"
                 )
             return DTYPES[declared]
     return None

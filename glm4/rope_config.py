@@ -72,7 +72,7 @@ class Places:
             return next(value for value in values if not is_number(value))
         if any(value != values[0] for value in values):
             listed = " and ".join(f"{shown(value)} in {place}" for place, value in said.items())
-            remedy = ", or load with rope_theta=..." if field == "rope_theta" else ""
+            remedy = ", or load with a rope_theta (--rope-theta)" if field == "rope_theta" else ""
             raise CheckpointError(
                 f"{self.path}: {field} must be one number, got {listed}; remove what does not hold"
                 f"{remedy}"
