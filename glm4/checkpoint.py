@@ -1,13 +1,11 @@
 """From a checkpoint on disk to a `Model`: safetensors and JSON only, checked before use.
 
-Quirks of checkpoints end here. Both families of tensor names are read, whatever the model type:
+Quirks of checkpoints end here: both families of tensor names are read, whatever the model type.
 
-    transformers    model.layers.N.self_attn.{q,k,v}_proj.weight    (q, k, v become one matrix)
-    remote code     transformer.encoder.layers.N.self_attention.query_key_value.weight
-
-Nothing is read before every tensor's name, shape and dtype agree with config.json. Tensors are
-then read one by one onto the device, so the host never holds more than the model plus one.
-Quantised weights are the matter of `quantized_checkpoint`.
+Nothing is read before every tensor's name, shape and dtype agree with config.json. A tensor that
+has no place in the model is refused where it may change the result, else named in a warning.
+Tensors are then read one by one onto the device, so the host never holds more than the model plus
+one. Quantised weights are the matter of `quantized_checkpoint`.
 Each error is one line that names the file, and the field or tensor.
 """
 
@@ -15,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm4.config_json import read_config, warn_of_theta
+from glm4.checkpoint_file import CheckpointError, one_line, read_json
+from glm4.config_json import DTYPES, config_of, declared_dtype
 from glm4.hub import DEMO as DEMO  # where it has always been found
 from glm4.hub import find_folder
 from glm4.model import Config, Model, Weight, check_dtype, overflows
 from glm4.progress import progress_bar
 from glm4.quantization_config import Quantization, read_quantization
 from glm4.quantization_policy import LINEAR, Policy, policy_of, preparer
-from glm4.quantized_checkpoint import QuantizedPart, find_part, is_idle_bias, read_quantized
-from glm4.tensor_files import STORED_DTYPES, CheckpointError, Stored, find_tensors, read_json
+from glm4.quantized_checkpoint import QuantizedPart, find_part, read_quantized
+from glm4.tensor_files import STORED_DTYPES, Stored, find_tensors
+from glm4.tensor_names import ROOTS, Naming, naming_of
 from glm4_kernels.huge_pages import zeros_in_huge_pages
 from glm4_kernels.library import bad_value
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from glm4_kernels.quantized_matmul import require_quantized_matmul
 
 
 @torch.no_grad()
@@ -68,6 +68,8 @@ def load(
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or not a supported GLM-4.
         ValueError, TypeError: another argument is wrong.
+        RuntimeError: the weights are quantised, and glm4_kernels was built without the kernels
+            that `device` needs for them.
     """
     policy = policy_of(quantize)
     if rope_mode not in ("reference", "exact"):
@@ -81,16 +83,17 @@ def load(
     folder = find_folder(path_or_repo)
     checkpoint = examine(folder, rope_theta)
     config = checkpoint.config
-    if rope_theta is None and checkpoint.config_json["model_type"] == "glm":
-        warn_of_theta(config, folder)
     if dtype == "auto":
         dtype = checkpoint.dtype
         if checkpoint.quantised and overflows(config, dtype):
             dtype = torch.bfloat16
     dtype = DTYPES[str(dtype).removeprefix("torch.")]
     check_dtype(config, dtype)
-
     prepare = preparer(policy, config)
+    if checkpoint.quantised or policy:
+        require_quantized_matmul(target)  # now, not when the whole model was read
+    checkpoint.warn()
+
     weights: dict[str, Weight] = {}
     with progress_bar(f"Loading {folder.name}", len(config.shapes), progress) as show:
         for done, (name, shape) in enumerate(config.shapes.items(), 1):
@@ -115,27 +118,44 @@ class Checkpoint:
     Each tensor of `config.shapes`, a tied head aside, is in `floats` or in `quantised`.
     """
 
+    folder: Path
     config: Config
     config_json: dict[str, Any]
     floats: dict[str, list[Stored]]
     quantised: dict[str, list[QuantizedPart]]
+    remarks: tuple[str, ...]  # what its user should know, though nothing is wrong
 
     @property
     def dtype(self) -> torch.dtype:
-        declared = str(self.config_json.get("dtype", self.config_json.get("torch_dtype")))
-        return DTYPES.get(declared, STORED_DTYPES[self.floats["embedding"][0].dtype])
+        """What config.json says, else that of the embedding; CheckpointError: it says another."""
+        declared = declared_dtype(self.folder / "config.json", self.config_json)
+        return declared or STORED_DTYPES[self.floats["embedding"][0].dtype]
+
+    def warn(self) -> None:
+        for remark in self.remarks:
+            warnings.warn(one_line(remark), stacklevel=4)  # who called `load`, past its decorator
 
 
 def examine(folder: Path, rope_theta: float | None = None) -> Checkpoint:
     """Raises CheckpointError if `folder` holds no whole GLM-4."""
-    config = read_config(folder, rope_theta)
     config_json = read_json(folder / "config.json")
+    config, remarks = config_of(folder, config_json, rope_theta)
     listing, stored = find_tensors(folder)
-    if "transformer.encoder.layers.0.post_self_attn_layernorm.weight" in stored:
-        config = replace(config, sandwich=True)  # configs of the remote code do not say it
+    naming = naming_of(stored)
+    if naming.remote_code:  # whose configs do not say it
+        norm = naming.on_disk(replace(config, sandwich=True), "layers.0.post_attention_norm")
+        config = replace(config, sandwich=norm.keys() <= stored.keys())
+    if config.tied:
+        config = settle_tied_head(config, stored, naming)
+        if not config.tied:
+            remarks.append(
+                f"{listing}: the head differs from the embedding, though tie_word_embeddings is "
+                "true; both are used as they are stored"
+            )
     quantization = read_quantization(folder, config_json)
-    floats, quantised = match_tensors(config, stored, listing, quantization)
-    return Checkpoint(config, config_json, floats, quantised)
+    floats, quantised = match_tensors(config, stored, listing, naming, quantization)
+    remarks += settle_unused(stored, listing)
+    return Checkpoint(folder, config, config_json, floats, quantised, tuple(remarks))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -151,82 +171,59 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise bad_value("load", "device", "'auto', 'cpu' or 'cuda[:N]'", repr(str(device)))
     n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (resolved.index or 0) >= n_devices:
-        raise bad_value("load", "device", f"one of {n_devices} CUDA devices", repr(str(device)))
+        found = "one" if n_devices == 1 else str(n_devices)
+        if n_devices == 0:
+            built = f"torch {torch.__version__} is built without CUDA"
+            found = f"none ({'no GPU, or no driver for it' if torch.version.cuda else built})"
+        expected = f"one of the CUDA devices that torch finds here; it finds {found}"
+        raise bad_value("load", "device", expected, repr(str(device)))
     return torch.empty(0, device=resolved).device  # with its index
 
 
-# What each of our tensors is called: by transformers, by the remote code. `{}` is the layer; more
-# than one name: its rows, in that order.
-NAMES = {
-    "embedding": ("model.embed_tokens.weight", "transformer.embedding.word_embeddings.weight"),
-    "norm": ("model.norm.weight", "transformer.encoder.final_layernorm.weight"),
-    "lm_head": ("lm_head.weight", "transformer.output_layer.weight"),
-}
-PREFIXES = ("model.layers.{}.", "transformer.encoder.layers.{}.")
-LAYER_NAMES = {
-    "input_norm": ("input_layernorm.weight",) * 2,
-    "qkv": (
-        "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
-        "self_attention.query_key_value.weight",
-    ),
-    "qkv_bias": (
-        "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias",
-        "self_attention.query_key_value.bias",
-    ),
-    "o": ("self_attn.o_proj.weight", "self_attention.dense.weight"),
-    "post_attention_norm": ("post_self_attn_layernorm.weight",) * 2,
-    "mlp_norm": ("post_attention_layernorm.weight",) * 2,
-    "gate_up": ("mlp.gate_up_proj.weight", "mlp.dense_h_to_4h.weight"),
-    "down": ("mlp.down_proj.weight", "mlp.dense_4h_to_h.weight"),
-    "post_mlp_norm": ("post_mlp_layernorm.weight",) * 2,
-}
-# Tables of RoPE that some checkpoints carry; the model computes its own.
-IGNORED = {"inv_freq", "cos_cached", "sin_cached"}
-
-
-def names_on_disk(config: Config, ours: str, remote_code: bool = False) -> dict[str, int]:
-    """The tensors that a tensor of `config.shapes` is stored as: each name and its rows, in order
-    of the rows."""
-    rows = config.shapes[ours][0]
-    layer, _, kind = ours.removeprefix("layers.").rpartition(".")
-    if not layer:
-        return {NAMES[kind][remote_code]: rows}
-    own = PREFIXES[remote_code].format(layer)
-    names = [own + name for name in LAYER_NAMES[kind][remote_code].split()]
-    if len(names) == 1:
-        return {names[0]: rows}
-    heads = (config.heads, config.kv_heads, config.kv_heads)
-    return {name: n * config.head_dim for name, n in zip(names, heads, strict=True)}
+def settle_tied_head(config: Config, stored: dict[str, Stored], naming: Naming) -> Config:
+    """Leaves of a tied model's embedding and head the one, as embedding, or where their values
+    differ both: then the stored head holds, as in transformers."""
+    (embedding,) = naming.on_disk(config, "embedding")
+    (head,) = naming.on_disk(config, "lm_head")
+    if head not in stored:
+        return config
+    if embedding not in stored:
+        stored[embedding] = stored[head]
+    elif not torch.equal(stored[embedding].read(), stored[head].read()):
+        return replace(config, tied=False)
+    del stored[head]
+    return config
 
 
 def match_tensors(
     config: Config,
     stored: dict[str, Stored],
     listing: Path,
-    quantization: Quantization | None = None,
+    naming: Naming,
+    quantization: Quantization | None,
 ) -> tuple[dict[str, list[Stored]], dict[str, list[QuantizedPart]]]:
-    """What is stored of each tensor in `config.shapes`, as floats or else quantised; refuses any
-    that differs."""
-    remote_code = any(name.startswith("transformer.") for name in stored)
+    """What is stored of each tensor in `config.shapes`, as floats or else quantised, taken out of
+    `stored`; refuses any that differs."""
     floats: dict[str, list[Stored]] = {}
     quantised: dict[str, list[QuantizedPart]] = {}
-    unexpected = dict(stored)
     for ours, (_, *rest) in config.shapes.items():
         if ours == "lm_head" and config.tied:
             continue
         kind = ours.rpartition(".")[2]
-        rows_of = names_on_disk(config, ours, remote_code)
+        rows_of = naming.on_disk(config, ours)
         for name, n in rows_of.items():
             expected = [n, *rest]
             if quantization is not None and kind in LINEAR:
                 module = name.removesuffix(".weight")
-                part = find_part(quantization, module, expected, unexpected, listing)
+                part = find_part(quantization, module, expected, stored, listing)
                 if part is not None:
                     quantised.setdefault(ours, []).append(part)
                     continue
-            tensor = unexpected.pop(name, None)
+            tensor = stored.pop(name, None)
             if tensor is None:
-                raise CheckpointError(f"{listing}: tensor {name} {expected} is missing")
+                headless = ours == "lm_head" and naming.bare and not naming.remote_code
+                why = "; it was saved from the base model, which has no head" if headless else ""
+                raise CheckpointError(f"{listing}: tensor {name} {expected} is missing{why}")
             if list(tensor.shape) != expected:
                 raise CheckpointError(
                     f"{tensor.path}: tensor {name} must be {expected}, got {list(tensor.shape)}"
@@ -241,14 +238,59 @@ def match_tensors(
             raise CheckpointError(
                 f"{listing}: tensors {', '.join(rows_of)} must be all quantised or none, got both"
             )
-    for name, tensor in unexpected.items():
-        idle = quantization is not None and is_idle_bias(quantization, tensor)
-        if tensor.placed and name.rpartition(".")[2] not in IGNORED and not idle:
+    return floats, quantised
+
+
+# Tables of RoPE that some checkpoints carry; the model computes its own.
+ROPE_TABLES = {"inv_freq", "cos_cached", "sin_cached"}
+KV_SCALES = {
+    f"{x}_{what}" for x in ("q", "k", "v", "kv", "prob") for what in ("scale", "zero_point")
+}
+
+
+def settle_unused(stored: dict[str, Stored], listing: Path) -> list[str]:
+    """A remark on what `stored` still has; CheckpointError if it may change what is computed."""
+    scales, others = [], []
+    for name, tensor in stored.items():
+        module, _, kind = name.rpartition(".")
+        attention = "attn" in module or "attention" in module
+        if not tensor.placed or kind in ROPE_TABLES or (kind == "bias" and is_zero(tensor)):
+            continue
+        of_cache = kind == "output_scale" and module.endswith(("k_proj", "v_proj"))
+        if attention and (kind in KV_SCALES or of_cache):
+            scales.append(name)
+        elif name.partition(".")[0] in ROOTS and kind != "_extra_state":
             raise CheckpointError(
                 f"{tensor.path}: tensor {name} {list(tensor.shape)} is unexpected; config.json "
                 "describes a model without it"
             )
-    return floats, quantised
+        else:
+            others.append(name)
+    remarks = []
+    if scales:
+        remarks.append(
+            f"{listing}: the KV cache is not quantised here, so the scales for that are not used: "
+            f"{some(scales)}"
+        )
+    if others:
+        remarks.append(
+            f"{listing}: tensors that are no part of a GLM-4 are not used: {some(others)}"
+        )
+    return remarks
+
+
+MOST_ROWS = 1 << 24  # no layer has more, so no bias that is read to see whether it is zero
+
+
+def is_zero(bias: Stored) -> bool:
+    """Some tools store a bias of zeros for layers that have none."""
+    small = math.prod(bias.shape) <= MOST_ROWS
+    return bias.dtype in STORED_DTYPES and small and not bias.read().any()
+
+
+def some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def read_into(weight: Tensor, parts: list[Stored]) -> None:

@@ -32,11 +32,16 @@ class CheckpointError(ValueError):
     """A checkpoint that is not what it should be; the message, one line, names the file."""
 
     def __init__(self, message: str) -> None:
-        # It may quote names out of a damaged file.
         if len(message) > MESSAGE_LIMIT:
             half = MESSAGE_LIMIT // 2
             message = f"{message[:half]} ... {message[-half:]}"
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """`message`, which may quote names out of a damaged file, without a character that moves the
+    cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 def place_of(path: Path, anywhere: bool = False) -> Path:

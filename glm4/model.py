@@ -15,6 +15,7 @@ kernel. Rounding is that of transformers' `GlmForCausalLM` and `Glm4ForCausalLM`
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ import glm4_kernels as gk
 from glm4.attention import Chunk, chunks_of, prefill_attention
 from glm4.cache import PAGE_SIZE, Cache, Step
 from glm4_kernels.library import bad_value
+from glm4_kernels.rope_table import MAX_THETA
 
 if TYPE_CHECKING:
     from glm4.decoder import Decoder
@@ -65,8 +67,9 @@ class Config:
     eos_token_ids: tuple[int, ...] = (151329, 151336, 151338)
 
     def __post_init__(self) -> None:
+        got = reprlib.repr  # no longer than a line, whatever a config.json holds
         if type(self.head_dim) is not int or self.head_dim not in (64, 128):
-            raise ValueError(f"head_dim must be 64 or 128, got {self.head_dim!r}")
+            raise ValueError(f"head_dim must be 64 or 128, got {got(self.head_dim)}")
         limits = {
             "layers": 1024,
             "hidden": 32768,  # the norm kernels' limit
@@ -80,14 +83,17 @@ class Config:
         for field, limit in limits.items():
             value = getattr(self, field)
             if type(value) is not int or not 1 <= value <= limit:
-                raise ValueError(f"{field} must be an integer from 1 to {limit}, got {value!r}")
-        for field in ("eps", "theta"):
+                raise ValueError(f"{field} must be an integer from 1 to {limit}, got {got(value)}")
+        for field, lowest, highest in (("eps", 0, 1), ("theta", 1, MAX_THETA)):
             value = getattr(self, field)
-            if type(value) not in (int, float) or not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{field} must be a positive number, got {value!r}")
+            if type(value) not in (int, float) or not lowest < value < math.inf:
+                over = f" over {lowest}" if lowest else ""
+                raise ValueError(f"{field} must be a positive number{over}, got {got(value)}")
+            if value > highest:
+                raise ValueError(f"{field} must be at most {highest:g}, got {got(value)}")
         for field in ("qkv_bias", "sandwich", "tied"):
             if type(getattr(self, field)) is not bool:
-                raise ValueError(f"{field} must be true or false, got {getattr(self, field)!r}")
+                raise ValueError(f"{field} must be true or false, got {got(getattr(self, field))}")
         if self.heads % self.kv_heads or self.heads // self.kv_heads > 32:
             raise ValueError(
                 f"heads must be a multiple of kv_heads, at most 32-fold, got {self.heads} heads "
@@ -97,7 +103,9 @@ class Config:
             raise ValueError(f"rotary_dim must be even, got {self.rotary_dim}")
         for token in self.eos_token_ids:
             if type(token) is not int or not 0 <= token < self.vocab:
-                raise ValueError(f"eos_token_ids must be below vocab {self.vocab}, got {token!r}")
+                raise ValueError(
+                    f"eos_token_ids must be below vocab {self.vocab}, got {got(token)}"
+                )
         try:
             gk.rope_table(0, self.theta, self.rotary_dim, scaling=self.rope_scaling)
         except (TypeError, ValueError) as error:

@@ -6,8 +6,9 @@ for each module. Whether a module is quantised at all, its tensors say.
 
 from __future__ import annotations
 
-import json
 import os
+import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,13 @@ def read_quantization(folder: Path, config_json: dict[str, Any]) -> Quantization
     if "config_groups" in given:
         method = "compressed-tensors"
     method = given.get("quant_method", method)
-    readers = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
+    readers = {
+        "compressed-tensors": compressed_tensors,
+        "gptq": gptq,
+        "awq": awq,
+        "auto-round": auto_round,
+        "intel/auto-round": auto_round,
+    }
     if not isinstance(method, str) or method not in readers:
         raise bad_field(path, "quant_method", ", ".join(readers), method)
     rules = readers[method](path, given)
@@ -116,6 +123,8 @@ def compressed_tensors(path: Path, given: dict[str, Any]) -> list[tuple[str, Sch
     if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
         raise bad_field(path, "sparsity_config", "empty", sparsity)
     groups, ignore = given.get("config_groups"), given.get("ignore") or []
+    if not groups and given.get("kv_cache_scheme"):
+        return []  # what is quantised is the cache, not a weight
     if not isinstance(groups, dict) or not groups:
         raise bad_field(path, "config_groups", "an object of groups", groups)
     if not is_strings(ignore):
@@ -179,7 +188,7 @@ def gptq(path: Path, given: dict[str, Any]) -> list[tuple[str, Scheme | None]]:
     check_field(path, "rotation", given.get("rotation"), (None, ""))
     meta = given.get("meta")
     tools = meta.get("quantizer") if isinstance(meta, dict) else None
-    by_gptqmodel = "gptqmodel" in json.dumps(tools).lower()
+    by_gptqmodel = "gptqmodel" in show(tools).lower()
 
     def scheme(fields: dict[str, Any], own: str = "") -> Scheme:
         symmetric, act_order = fields.get("sym", True), fields.get("desc_act", False)
@@ -213,6 +222,47 @@ def awq(path: Path, given: dict[str, Any]) -> list[tuple[str, Scheme | None]]:
     return [("Linear", Scheme("awq", bits, group_size))]
 
 
+# AutoRound's words for how it packed; zero points are stored less 1 in its first two.
+PACKINGS = {
+    "auto_round:auto_gptq": "gptq",
+    "auto_round:gptq": "gptq",
+    "auto_round": "gptq_v2",
+    "auto_round:gptqmodel": "gptq_v2",
+    "auto_round:auto_awq": "awq",
+    "auto_round:awq": "awq",
+}
+
+
+def auto_round(path: Path, given: dict[str, Any]) -> list[tuple[str, Scheme | None]]:
+    """One rule for all modules, after the exceptions of `extra_config`, by name or by a regular
+    expression that is found in it."""
+    packing = given.get("packing_format", given.get("backend"))  # the older name
+    check_field(path, "packing_format", packing, tuple(PACKINGS))
+    stored_as = PACKINGS[packing]  # type: ignore[index]
+
+    def scheme(fields: dict[str, Any], own: str = "") -> Scheme | None:
+        if fields.get("bits") in (16, 32):
+            return None
+        check_field(path, f"{own}data_type", fields.get("data_type", "int"), ("int",))
+        check_field(path, f"{own}act_bits", fields.get("act_bits"), (None, 16, 32))
+        symmetric = fields.get("sym", True)
+        check_field(path, f"{own}sym", symmetric, (True, False))
+        allowed = (4,) if stored_as == "awq" else (4, 8)
+        bits, group_size = size_fields(path, fields, own, allowed)
+        return Scheme(stored_as, bits, group_size, None if stored_as == "awq" else symmetric)
+
+    extra = given.get("extra_config") or {}
+    if not isinstance(extra, dict):
+        raise bad_field(path, "extra_config", "an object", extra)
+    rules: list[tuple[str, Scheme | None]] = []
+    for name, changes in extra.items():
+        if not isinstance(changes, dict):
+            raise bad_field(path, f"extra_config.{name}", "an object", changes)
+        pattern = f"re:.*(?:{name})" if re.search(r"[^\w.-]", name) else name
+        rules.append((pattern, scheme(given | changes, f"extra_config.{name}: ")))
+    return [*rules, ("Linear", scheme(given))]
+
+
 def size_fields(
     path: Path, fields: dict[str, Any], own: str, allowed: tuple[int, ...]
 ) -> tuple[int, int | None]:
@@ -241,8 +291,7 @@ def is_strings(value: Any) -> bool:
 
 
 def show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return reprlib.repr(value)  # of bounded length and depth
 
 
 def write_quantization(schemes: dict[str, Scheme | None]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import glm4_kernels as gk
 from glm4.model import Config, Weight
 from glm4.random_inputs import RandomInputs
 from glm4_kernels.library import bad_value
+from glm4_kernels.quantize import METHODS
+from glm4_kernels.quantized_weight import BITS, GROUP_SIZES
 
 LINEAR = ("qkv", "o", "gate_up", "down", "lm_head")
 
@@ -52,9 +54,9 @@ def preparer(
     Args:
         quantize: a key of `POLICIES`, or a policy; None changes nothing.
         config: of the model, where every tensor will come, in the order of `config.shapes`: then
-            "feedback" knows the inputs.
+            "feedback" knows the inputs, and a policy must be of this model.
     """
-    policy = policy_of(quantize)
+    policy = policy_of(quantize, config)
     wanted = any(form.method == "feedback" for form in policy.values())
     inputs = RandomInputs(config) if wanted and config is not None else None
 
@@ -67,7 +69,8 @@ def preparer(
     return prepare
 
 
-def policy_of(quantize: str | Policy | None) -> Policy:
+def policy_of(quantize: str | Policy | None, config: Config | None = None) -> Policy:
+    """Raises ValueError if it is not one, or names a layer that the model of `config` has not."""
     if quantize is None:
         return {}
     if isinstance(quantize, str) and quantize in POLICIES:
@@ -80,7 +83,27 @@ def policy_of(quantize: str | Policy | None) -> Policy:
             raise bad_value("load", "quantize", f"a policy of {', '.join(LINEAR)}", repr(name))
         if not isinstance(form, Form):
             raise bad_value("load", "quantize", f"a policy whose {name} is a Form", repr(form))
+        check_form(name, form)
+        if config is not None and name not in LINEAR and name not in config.shapes:
+            expected = f"a policy of the model's layers, 0 to {config.layers - 1}"
+            raise bad_value("load", "quantize", expected, repr(name))
     return quantize
+
+
+def check_form(name: str, form: Form) -> None:
+    """Raises ValueError, before a tensor is read, where `gk.quantize` would or could not say it."""
+    for field, allowed in (
+        ("bits", BITS),
+        ("group_size", GROUP_SIZES),
+        ("symmetric", (True, False)),
+        ("method", METHODS),
+    ):
+        value = getattr(form, field)
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            expected = f"{', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}"
+            raise bad_value("load", f"quantize[{name!r}].{field}", expected, repr(value))
+    if form.method == "hqq" and form.symmetric:
+        raise bad_value("load", f"quantize[{name!r}].symmetric", "False for method 'hqq'", True)
 
 
 def form_of(policy: Policy, name: str) -> Form | None:

@@ -26,15 +26,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glm4.checkpoint import Checkpoint, examine, names_on_disk, read_into, resolve_device
-from glm4.config_json import FIELDS, warn_of_theta
+from glm4.checkpoint import Checkpoint, examine, read_into, resolve_device
+from glm4.config_json import FIELDS
 from glm4.hub import find_folder
 from glm4.model import Config, Weight
 from glm4.progress import progress_bar
 from glm4.quantization_config import Scheme, write_quantization
 from glm4.quantization_policy import LINEAR, Form, preparer
 from glm4.quantized_checkpoint import Codes, pack_quantized
+from glm4.rope_config import ROPE_FIELDS, rope_fields
 from glm4.tensor_files import STORED_DTYPES, CheckpointError, read_json
+from glm4.tensor_names import Naming
 from glm4.tokenizer_model import convert_tokenizer
 from glm4_kernels.library import bad_value
 from glm4_kernels.quantized_weight import slabs
@@ -98,8 +100,8 @@ def quantize_checkpoint(
     checkpoint = examine(folder, rope_theta)
     if checkpoint.quantised:
         raise CheckpointError(f"{folder}: must not be quantised already, got quantised weights")
-    if rope_theta is None and checkpoint.config_json["model_type"] == "glm":
-        warn_of_theta(checkpoint.config, folder)
+    config_json = as_transformers(checkpoint)
+    checkpoint.warn()
 
     # Rounding to 8 bits leaves nothing to answer for.
     forms = {
@@ -133,7 +135,6 @@ def quantize_checkpoint(
                 show(done)
             shards.close()
         copy_companions(folder, partial, checkpoint.config_json["model_type"] == "chatglm")
-        config_json = as_transformers(checkpoint, rope_theta)
         config_json["quantization_config"] = write_quantization(schemes)
         write_json(partial / "config.json", config_json)
     return target
@@ -197,7 +198,7 @@ def error(w: Tensor, scale: Tensor, z: Tensor, top: int) -> Tensor:
 def rows_on_disk(config: Config, name: str) -> dict[str, slice]:
     """The tensors, as transformers names them, that one of ours is stored as: q, k and v apart."""
     rows, start = {}, 0
-    for part, n_rows in names_on_disk(config, name).items():
+    for part, n_rows in Naming().on_disk(config, name).items():
         rows[part] = slice(start, start + n_rows)
         start += n_rows
     return rows
@@ -308,35 +309,31 @@ def copy_companions(source: Path, target: Path, remote_code: bool) -> None:
         )
 
 
-def as_transformers(checkpoint: Checkpoint, rope_theta: float | None) -> dict[str, Any]:
-    """The config.json to write: the source's, or for the remote code, transformers' of it."""
-    config, given = checkpoint.config, dict(checkpoint.config_json)
-    given.pop("compression_config", None)  # that of tensors which are not quantised after all
+def as_transformers(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config.json to write: the source's, or for the remote code, transformers' of it, with
+    what may stand in several places in one that every reader takes.
+
+    Raises:
+        CheckpointError: its dtype is not that of a float checkpoint.
+    """
+    config, given = checkpoint.config, checkpoint.config_json
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
     if given["model_type"] != "chatglm":
-        if rope_theta is not None:
-            nested = given.get("rope_parameters")
-            if isinstance(nested, dict):
-                given["rope_parameters"] = nested | {"rope_theta": rope_theta}
-            if "rope_theta" in given or not isinstance(nested, dict):
-                given["rope_theta"] = rope_theta
-        return given
-    partial = config.rotary_dim / config.head_dim
+        # The last is that of tensors which are not quantised after all.
+        idle = {*ROPE_FIELDS, "compression_config"}
+        if given.get("dtype") is not None:
+            idle.add("torch_dtype")
+        kept = {name: value for name, value in given.items() if name not in idle}
+        return kept | rope_fields(config) | {"tie_word_embeddings": config.tied}
     stops = list(config.eos_token_ids)
     return {
         "architectures": ["Glm4ForCausalLM" if config.sandwich else "GlmForCausalLM"],
         "model_type": "glm4" if config.sandwich else "glm",
-        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "dtype": dtype,
         **{names[1]: getattr(config, field) for field, names in FIELDS.items()},
         "hidden_act": "silu",
         "tie_word_embeddings": config.tied,
-        # Before version 5 of transformers these two stood alone.
-        "rope_theta": config.theta,
-        "partial_rotary_factor": partial,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": config.theta,
-            "partial_rotary_factor": partial,
-        },
+        **rope_fields(config),
         "eos_token_id": given.get("eos_token_id", stops),
         "pad_token_id": given.get("pad_token_id", stops[0] if stops else None),
     }

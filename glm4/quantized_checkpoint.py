@@ -24,7 +24,6 @@ multiple of 32 become groups of 128, 64 or 32, their scales repeated: the same n
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +40,6 @@ from glm4_kernels.quantized_weight import slabs
 # Sizes that the kernels have; the rest of a row is one group.
 GROUPS = (128, 64, 32)
 AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)  # column j of eight lies in nibble AWQ_COLUMNS[j]
-MOST_ROWS = 1 << 24  # no layer has more, so no bias that is read to see whether it is idle
 
 
 @dataclass(frozen=True)
@@ -252,15 +250,6 @@ def find_part(
             )
         found[name] = tensor
     return QuantizedPart(module, scheme, (n, k), found)
-
-
-def is_idle_bias(quantization: Quantization, bias: Stored) -> bool:
-    """AutoGPTQ up to 0.7.1 stores a bias of zeros for every layer that has none."""
-    module, _, kind = bias.name.rpartition(".")
-    scheme = quantization.scheme(module) if kind == "bias" else None
-    if scheme is None or "gptq" not in scheme.format or math.prod(bias.shape) > MOST_ROWS:
-        return False
-    return not bias.read().any()
 
 
 def read_quantized(parts: Sequence[QuantizedPart], device: torch.device) -> gk.QuantizedWeight:

@@ -159,6 +159,14 @@ def launch_quantized_matmul(
     return y
 
 
+def require_quantized_matmul(device: torch.device) -> None:
+    """RuntimeError, which says how to build it, if this installation has no kernel for `device`."""
+    if device.type == "cpu":
+        extension()
+    else:
+        cuda_extension()
+
+
 def check_quantized_matmul(
     x: Tensor,
     packed: Tensor,

@@ -15,7 +15,9 @@ on. `exact` computes in fp64 and rounds once.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -26,8 +28,13 @@ from glm4_kernels.library import FLOAT_DTYPES, bad_type, bad_value
 # Positions built at a time: the temporaries of a 1M table stay below 200 MB.
 CHUNK = 65536
 COMPUTE_DTYPE = {"reference": torch.float32, "exact": torch.float64}
+# Larger ones leave fp32 on the way.
+MAX_THETA = 1e30
 YARN_REQUIRED = {"factor", "original_max_position_embeddings"}
 YARN_OPTIONAL = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+# Far beyond what makes sense, and far from where the arithmetic overflows.
+YARN_LIMITS = {"factor": (1, 1e12), "original_max_position_embeddings": (1, 2**24)}
+YARN_OPTIONAL_LIMITS = (1e-6, 1e6)
 # What a HF rope_parameters dict also holds; here they are arguments of their own.
 ARGUMENTS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
@@ -79,7 +86,7 @@ def rope_frequencies(
 ) -> tuple[Tensor, float]:
     """f [rotary_dim / 2] on the CPU, computed in `dtype`, and the attention factor m."""
     exponent = torch.arange(0, rotary_dim, 2, device="cpu").to(dtype) / rotary_dim
-    period = theta**exponent
+    period = float(theta) ** exponent
     yarn = yarn_entries(scaling)
     if yarn is None:
         return 1.0 / period, 1.0
@@ -122,7 +129,9 @@ def yarn_entries(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
         raise bad_type("rope_table", "scaling", "None or a dict", type(scaling).__name__)
     rope_type = scaling.get("rope_type", scaling.get("type"))
     if rope_type not in ("default", "yarn"):
-        raise bad_value("rope_table", "scaling['rope_type']", "'default' or 'yarn'", rope_type)
+        expected = "'default' or 'yarn'"
+        actual = rope_type if isinstance(rope_type, str) else reprlib.repr(rope_type)
+        raise bad_value("rope_table", "scaling['rope_type']", expected, actual)
     if rope_type == "default":
         return None
 
@@ -130,22 +139,29 @@ def yarn_entries(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
     missing = YARN_REQUIRED - entries.keys()
     unknown = entries.keys() - YARN_REQUIRED - YARN_OPTIONAL - {"truncate"}
     if missing or unknown:
-        wrong = f"without {', '.join(sorted(missing))}" if missing else ", ".join(sorted(unknown))
+        names = ", ".join(sorted(map(str, missing or unknown)))
+        wrong = f"one without {names}" if missing else names
         raise bad_value("rope_table", "scaling", "a YaRN dict of known entries", wrong)
     for name, value in entries.items():
         argument = f"scaling[{name!r}]"
         if name == "truncate":
             if not isinstance(value, bool):
-                raise bad_type("rope_table", argument, "a bool", value)
+                raise bad_type("rope_table", argument, "a bool", reprlib.repr(value))
         elif value is None and name in YARN_OPTIONAL:
             continue
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise bad_type("rope_table", argument, "a number", value)
-        elif not (0 < value < math.inf):
-            raise bad_value("rope_table", argument, "positive and finite", value)
-    if entries["factor"] < 1:
-        raise bad_value("rope_table", "scaling['factor']", "at least 1", entries["factor"])
+        elif not is_number(value):
+            raise bad_type("rope_table", argument, "a number", reprlib.repr(value))
+        else:
+            low, high = YARN_LIMITS.get(name, YARN_OPTIONAL_LIMITS)
+            if not low <= value <= high:  # NaN is not either
+                expected = "at least 1" if low == 1 else f"positive, from {low:g} to {high:g}"
+                expected = f"at most {high:g}" if value > high else expected
+                raise bad_value("rope_table", argument, expected, reprlib.repr(value))
     return entries
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_rope_table(
@@ -154,8 +170,12 @@ def check_rope_table(
     op = "rope_table"
     if not 0 <= max_positions <= 2**24:  # beyond, fp32 no longer holds every position
         raise bad_value(op, "max_positions", "in [0, 2^24]", max_positions)
+    if not is_number(theta):
+        raise bad_type(op, "theta", "a number", reprlib.repr(theta))
     if not 1 < theta < math.inf:
-        raise bad_value(op, "theta", "greater than 1 and finite", theta)
+        raise bad_value(op, "theta", "greater than 1 and finite", reprlib.repr(theta))
+    if theta > MAX_THETA:
+        raise bad_value(op, "theta", f"at most {MAX_THETA:g}", reprlib.repr(theta))
     if rotary_dim < 2 or rotary_dim % 2 != 0:
         raise bad_value(op, "rotary_dim", "even and at least 2", rotary_dim)
     if mode not in COMPUTE_DTYPE:

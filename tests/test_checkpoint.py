@@ -7,15 +7,25 @@ import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
-from checkpoints import SIZES, split_into_shards, write_checkpoint, write_json
+from checkpoints import (
+    SIZES,
+    split_into_shards,
+    transformers_model,
+    write_checkpoint,
+    write_json,
+    write_tokenizer,
+)
 from safetensors.torch import save_file
 
 import glm4
 from glm4.config_json import read_config
+from glm4.quantize import quantize_checkpoint
+from glm4_kernels import extension
 
 ROPE = SIZES["rope_parameters"]
 OLD_STYLE = {"rope_parameters": None, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
@@ -83,6 +93,30 @@ def test_dtype(tmp_path):
     assert glm4.load(folder, "cpu").dtype == torch.float16
 
 
+@pytest.mark.parametrize(
+    "declared", ["int8", "float8_e4m3fn", "float64", "auto", "", 7, ["float16"]]
+)
+def test_a_dtype_that_is_none(declared, tmp_path):
+    folder = write_checkpoint(tmp_path, {"dtype": declared})
+    message = refusal(folder)
+    assert f"{folder / 'config.json'}: dtype must be float32, bfloat16, float16, got " in message
+    assert glm4.load(folder, "cpu", dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(glm4.CheckpointError, match="dtype must be"):
+        quantize_checkpoint(folder, tmp_path / "target")
+    assert not list(tmp_path.glob("target*"))
+
+
+def test_two_names_of_the_dtype(tmp_path):
+    """As transformers does: the newer holds."""
+    folder = write_checkpoint(tmp_path, {"dtype": "bfloat16", "torch_dtype": "float16"})
+    with pytest.warns(UserWarning, match=r'dtype is "bfloat16" and torch_dtype "float16"'):
+        assert glm4.load(folder, "cpu").dtype == torch.bfloat16
+    write_checkpoint(tmp_path, {"torch_dtype": "bfloat16"})
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": None}
+    write_json(folder / "config.json", config)
+    assert glm4.load(folder, "cpu").dtype == torch.bfloat16
+
+
 def test_path_is_kept(tmp_path):
     assert glm4.load(write_checkpoint(tmp_path), "cpu").path == tmp_path
 
@@ -129,6 +163,30 @@ def test_stop_ids(tmp_path):
     assert config_of(tmp_path, small).eos_token_ids == (5,)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": [3, 4]})
     assert config_of(tmp_path, base).eos_token_ids == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [None, {}, {"eos_token_id": None}, {"eos_token_id": 7}, {"eos_token_id": [7, 8]}],
+    ids=str,
+)
+@pytest.mark.parametrize("config", [None, 5, [5, 6]], ids=str)
+def test_stop_ids_are_those_of_transformers(config, generation, tmp_path):
+    import transformers
+
+    model = transformers_model("glm4", num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+    given = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": config}
+    write_json(tmp_path / "config.json", {k: v for k, v in given.items() if v is not None})
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        write_json(tmp_path / "generation_config.json", generation)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    stops = theirs.generation_config.eos_token_id
+    if stops is None:  # it would not stop; here config.json's still hold
+        stops = config or []
+    stops = stops if isinstance(stops, list) else [stops]
+    assert read_config(tmp_path).eos_token_ids == tuple(stops)
 
 
 @pytest.mark.parametrize("kv_heads, original", [(2, "5e6"), (4, "1e8")])
@@ -228,7 +286,6 @@ def test_hf_theta_warns(kv_heads, original, tmp_path):
         ({"num_hidden_layers": 3}, r"tensor model\.layers\.2\..* is missing"),
         ({"intermediate_size": 97}, r"gate_up_proj\.weight must be \[194, 64\], got \[192, 64\]"),
         ({"attention_bias": False}, r"tensor model\.layers\.0\.self_attn\..*bias .* unexpected"),
-        ({"tie_word_embeddings": True}, r"tensor lm_head\.weight \[320, 64\] is unexpected"),
         ({"model_type": "glm"}, r"post_\w+_layernorm\.weight \[64\] is unexpected"),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
@@ -283,7 +340,7 @@ def test_rejects_json(text, message, tmp_path):
         ({"model.norm.weight": torch.full((64,), torch.nan)}, r"norm\.weight must be finite"),
         ({Q_PROJ: torch.eye(256, 64) * -torch.inf}, r"q_proj\.weight must be finite"),
         ({"model.layers.2.mlp.down_proj.weight": torch.ones(64, 96)}, "is unexpected"),
-        ({"two\nlines": torch.ones(64)}, r"two\\nlines .* is unexpected"),
+        ({"model.two\nlines": torch.ones(64)}, r"two\\nlines .* is unexpected"),
         ({"model.layers.0.self_attn.o_proj.bias": torch.ones(64)}, "is unexpected"),
         ({"transformer.output_layer.weight": torch.ones(320, 64)}, "transformer.embedding"),
     ],
@@ -412,6 +469,46 @@ def test_hub(tmp_path, monkeypatch):
 def test_rejects_arguments(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         glm4.load(write_checkpoint(tmp_path), **({"device": "cpu"} | options))
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    found = r"device must be one of the CUDA devices that torch finds here; it finds "
+    with pytest.raises(
+        ValueError, match=found + r"none \(torch \S+ is built without CUDA\), got 'c"
+    ):
+        glm4.load("demo", "cuda")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(
+        ValueError, match=found + r"none \(no GPU, or no driver for it\), got 'cuda:1"
+    ):
+        glm4.load("demo", "cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=found + "2, got 'cuda:2'"):
+        glm4.load("demo", "cuda:2")
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["as it is loaded", "on disk"])
+def test_a_missing_kernel_shows_before_the_model_is_read(stored, tmp_path, monkeypatch):
+    folder = write_tokenizer(write_checkpoint(tmp_path / "a"))
+    options = {"quantize": "int4"}
+    if stored:
+        folder, options = quantize_checkpoint(folder, tmp_path / "b"), {}
+
+    def read(*_):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(glm4.checkpoint, "read_into", read)
+    monkeypatch.setattr(glm4.checkpoint, "read_quantized", read)
+    monkeypatch.setattr(glm4.checkpoint, "resolve_device", torch.device)
+    monkeypatch.setattr(extension, "_C", SimpleNamespace())
+    with pytest.raises(RuntimeError, match="built without CUDA: install nvcc"):
+        glm4.load(folder, "cuda", **options)
+    monkeypatch.setattr(extension, "_C", None)
+    with pytest.raises(RuntimeError, match="glm4_kernels was not built"):
+        glm4.load(folder, "cpu", **options)
 
 
 def test_fp16_is_refused_where_it_overflows(tmp_path):

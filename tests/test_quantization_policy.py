@@ -66,6 +66,31 @@ def test_rejects(quantize, message):
         policy_of(quantize)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((4, 7), r"load: quantize\['o'\].group_size must be 32, 64, 128 or None, got 7"),
+        ((4, True), "group_size must be .* got True"),
+        ((4, -1), "group_size must be .* got -1"),
+        ((3, 128), "bits must be 4 or 8, got 3"),
+        (("4", 128), "bits must be 4 or 8, got '4'"),
+        ((4, 128, 1), "symmetric must be True or False, got 1"),
+        ((4, 128, True, "best"), "method must be .* or 'feedback', got 'best'"),
+        ((4, 128, True, "hqq"), "symmetric must be False for method 'hqq', got True"),
+    ],
+)
+def test_rejects_forms(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        policy_of({"o": Form(*arguments)})
+
+
+@pytest.mark.parametrize("name", ["layers.99.o", "layers.-1.o", "model.layers.0.o", ".o"])
+def test_rejects_layers_that_are_not_there(name):
+    with pytest.raises(ValueError, match=rf"the model's layers, 0 to \d+, got '{name}'"):
+        glm4.load("demo", quantize={name: Form(4, 32)}, device="cpu", progress=False)
+    glm4.load("demo", quantize={"layers.0.o": Form(4, 32)}, device="cpu", progress=False)
+
+
 def test_errors_name_the_tensor():
     with pytest.raises(
         ValueError, match=r"^layers.3.down: quantize: weight must be .*, got \[4, 40\]"

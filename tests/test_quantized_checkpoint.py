@@ -75,6 +75,11 @@ def awq_config(**fields):
     return {"quantization_config": given}
 
 
+def auto_round_config(packing="auto_round:auto_gptq", **fields):
+    given = {"quant_method": "auto-round", "packing_format": packing, "data_type": "int"}
+    return {"quantization_config": given | {"bits": 4, "group_size": 128, "sym": True, **fields}}
+
+
 def maker(pack, heads=False, **sizes):
     """Makes every linear layer but the head alike."""
 
@@ -212,6 +217,19 @@ READABLE = {
         maker(gptq, group_size=160, symmetric=False),
     ),
     "awq": (awq_config(), maker(awq, symmetric=False, lowest_zero=0)),
+    "auto-round as gptq": (auto_round_config(), maker(lambda m: gptq(m, g_idx=False))),
+    "auto-round as gptq, int8 asymmetric": (
+        auto_round_config(bits=8, group_size=-1, sym=False),
+        maker(lambda m: gptq(m, g_idx=False), bits=8, group_size=None, symmetric=False),
+    ),
+    "auto-round, zero points as they are": (
+        auto_round_config("auto_round", sym=False),
+        maker(lambda m: gptq(m, version=2, g_idx=False), symmetric=False, lowest_zero=0),
+    ),
+    "auto-round as awq": (
+        auto_round_config("auto_round:auto_awq", sym=False),
+        maker(awq, symmetric=False, lowest_zero=0),
+    ),
     "awq g32": (
         awq_config(group_size=32, version="gemm"),
         maker(awq, group_size=32, symmetric=False, lowest_zero=0),
@@ -317,6 +335,20 @@ def test_patterns_that_backtrack_do_not_hang(config, sources, tmp_path):
     start = time.process_time()
     glm4.load(tmp_path, "cpu")
     assert time.process_time() - start < 5
+
+
+def test_extra_config_of_auto_round(sources, tmp_path):
+    """By name, or by an expression that is found in the name."""
+    kinds = {
+        "o_proj": {"bits": 8, "group_size": 32},
+        "down_proj": {"bits": 8, "group_size": 128},
+        "gate_up_proj": {"bits": 4, "group_size": 64},
+    }
+    extra = {f"model.layers.{i}.self_attn.o_proj": {"bits": 8, "group_size": 32} for i in range(2)}
+    extra |= {"down.*": {"bits": 8, "group_size": 128}, "lm_head": {"bits": 16}}
+    config = auto_round_config(group_size=64, extra_config=extra)
+    make = mixed(kinds, lambda m: gptq(m, g_idx=False))
+    check_read(tmp_path, write_quantized(tmp_path, sources / "transformers", config, make))
 
 
 @pytest.mark.parametrize(
@@ -543,7 +575,7 @@ CONFIGS = [
     (gptq_config(dynamic={"(": {"bits": 8}}), r"pattern 're:\(' must be a regular expression"),
     (gptq_config(dynamic={r"-:(a)\1": {}}), "expression, as far as they are read here .references"),
     (gptq_config(dynamic={"-:a{99999999999}": {}}), "expression, .*more than 1000 parts"),
-    (gptq_config(dynamic={"-:" + "(" * 9999: {}}), r"'re:\(+\.\.\. must be a regular .*50 groups"),
+    (gptq_config(dynamic={"-:" + "(" * 9999: {}}), r"'re:\(+\.\.\.\(+' must be a regular .*50 groups"),
     (ct(4, 128, targets=["re:(?<=x)y"]), r"pattern 're:\(\?<=x\)y' must be a regular expression"),
     (ct(4, 128, ignore=["re:(?i)head"]), r"pattern 're:\(\?i\)head' must be a regular expression"),
     (
@@ -551,6 +583,14 @@ CONFIGS = [
         "its regular expressions must have at most 5000 parts together",
     ),
     (gptq_config(dynamic={".*q": {"bits": 2}}), r"dynamic\.\.\*q: bits must be 4 or 8, got 2"),
+    (auto_round_config(None), "packing_format must be 'auto_round:auto_gptq' or .* got None"),
+    (auto_round_config("auto_round:llm_compressor"), "got 'auto_round:llm_compressor'"),
+    (auto_round_config(data_type="mx_fp"), "data_type must be 'int', got 'mx_fp'"),
+    (auto_round_config(act_bits=8), "act_bits must be None or 16 or 32, got 8"),
+    (auto_round_config(bits=2), "bits must be 4 or 8, got 2"),
+    (auto_round_config(extra_config=[1]), "extra_config must be an object"),
+    (auto_round_config(extra_config={"o": {"bits": 3}}), "extra_config.o: bits must be 4 or 8"),
+    (auto_round_config(extra_config={"(": {"bits": 8}}), "must be a regular expression"),
     (awq_config(version="gemv"), "version must be 'gemm', got 'gemv'"),
     (awq_config(version=None), "version must be 'gemm', got 'none'"),
     (awq_config(bits=8), "bits must be 4, got 8"),

@@ -117,7 +117,7 @@ def test_edges():
         (ValueError, r"scaling\['factor'\] must be at least 1, got 0.5", {"factor": 0.5}),
         (ValueError, r"scaling\['beta_fast'\] must be positive", {"beta_fast": -1}),
         (TypeError, r"scaling\['factor'\] must be a number, got None", {"factor": None}),
-        (TypeError, r"scaling\['factor'\] must be a number, got 4", {"factor": "4"}),
+        (TypeError, r"scaling\['factor'\] must be a number, got '4'", {"factor": "4"}),
         (TypeError, r"scaling\['truncate'\] must be a bool", {"truncate": 1}),
     ],
 )
@@ -131,3 +131,53 @@ def test_rejects(error, message, change):
         arguments["scaling"] = {name: v for name, v in scaling.items() if v is not ...}
     with pytest.raises(error, match=f"^rope_table: {message}"):
         gk.rope_table(**arguments)
+
+
+AWKWARD = [
+    *(10**400, -(10**400), 10**30, 1e308, -1e308, 1e-320, 1e39, 0, -0.0, 0.5, 1, True, False),
+    *(float("nan"), float("inf"), -float("inf"), None, "4", "", [], [4], {}, b"4", 1j, object()),
+    *(np.float32(4), np.int64(4), np.float64("nan"), np.bool_(True), torch.tensor(4.0)),
+]
+
+
+@pytest.mark.parametrize("mode", ["reference", "exact"])
+def test_awkward_values_are_finite_or_refused(mode):
+    """Whatever a scaling holds: a finite table, or a ValueError or TypeError of this op."""
+    whole = YARN | {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "truncate": False}
+    whole |= {"mscale": None, "mscale_all_dim": None, "rope_type": "yarn"}
+    made = 0
+    for first in whole:
+        for second in ("factor", "mscale_all_dim"):
+            for value in AWKWARD:
+                made += finite_or_refused(1e4, whole | {second: 2.0} | {first: value}, mode)
+    for value in AWKWARD:
+        made += finite_or_refused(value, None, mode) + finite_or_refused(value, YARN, mode)
+    assert made > 50
+
+
+def finite_or_refused(theta, scaling, mode):
+    """True where there is a table."""
+    try:
+        table = gk.rope_table(64, theta, 8, mode=mode, scaling=scaling)
+    except (ValueError, TypeError) as error:
+        message = str(error)
+    else:
+        assert table.isfinite().all()
+        return True
+    assert message.startswith("rope_table: ") and len(message) < 200
+    return False
+
+
+@pytest.mark.parametrize("theta", [1 + 2**-52, 1.0001, 1e30])
+@pytest.mark.parametrize("factor", [1, 1e12])
+@pytest.mark.parametrize("original", [1, 2**24])
+@pytest.mark.parametrize("beta_fast, beta_slow", [(1e6, 1e-6), (1e-6, 1e6), (1e6, 1e6)])
+@pytest.mark.parametrize("truncate", [True, False])
+def test_limits_of_yarn(theta, factor, original, beta_fast, beta_slow, truncate):
+    """What is let in does not overflow on the way."""
+    scaling = {"factor": factor, "original_max_position_embeddings": original} | {
+        **{"rope_type": "yarn", "beta_fast": beta_fast, "beta_slow": beta_slow},
+        **{"truncate": truncate, "mscale": 1e6, "mscale_all_dim": 1e-6},
+    }
+    for mode in ("reference", "exact"):
+        assert gk.rope_table(9, theta, 128, mode=mode, scaling=scaling).isfinite().all()
