@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 
 from glm4.hub import expand
 from glm4.tensor_files import CheckpointError
+from glm4_kernels.library import bad_type
 
 MARK = ".glm4-quantize"
 RANDOM = r"\.partial-[0-9a-f]{8}"
@@ -41,8 +42,10 @@ def free_place(target: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: it exists, has no name of its own, or what is above it takes no folder.
     """
+    if not isinstance(target, (str, os.PathLike)):
+        raise bad_type("quantize_checkpoint", "target", "a path", repr(target))
     path = expand(target)
-    if path.name in ("", "..") or "\0" in path.name:
+    if path.name in ("", "..") or "\0" in str(path):
         raise CheckpointError(f"{os.fspath(target)!r}: must end in the name of a new folder")
     if os.path.lexists(path):
         raise CheckpointError(f"{path}: must not exist yet; remove it, or choose another place")
@@ -148,7 +151,8 @@ class WorkingFolder:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             folder.lock = os.open(MARK, flags, 0o666, dir_fd=folder.folder)
             fcntl.flock(folder.lock, fcntl.LOCK_EX)
-            os.write(folder.lock, folder.mark)
+            if os.write(folder.lock, folder.mark) < len(folder.mark):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             with suppress(OSError):
                 (path / MARK).unlink()
@@ -226,18 +230,19 @@ class WorkingFolder:
         """Renames the folder to `target`; where that fails, leaves it to the user."""
         if not self.is_ours():
             raise CheckpointError(f"{self.path}: was moved before it was finished")
-        try:
+        with suppress(OSError):  # not every file system does that to a folder
             os.fsync(self.folder)
+        try:
             rename_new(self.path, target)
         except OSError as error:
+            self.give_up()
             exists = isinstance(error, FileExistsError)
             reason = "was made by another meanwhile" if exists else f"not made ({error.strerror})"
             raise CheckpointError(
                 f"{target}: {reason}; the finished checkpoint is kept in {self.path}: rename it "
                 "to where you want it"
             ) from None
-        finally:
-            self.give_up()
+        self.give_up()
 
     def give_up(self) -> None:
         """From here on no run deletes anything in it."""
