@@ -74,14 +74,14 @@ def read_file(path: Path, limit: int = LIMIT) -> bytes:
         # It may be another by now: a FIFO would be waited for.
         handle = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW)
         with open(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: must be a regular file")
-            data = file.read(limit + 1)
+            if status.st_size > limit:
+                raise CheckpointError(f"{path}: must have at most {limit >> 20} MB")
+            return file.read(status.st_size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(data) > limit:
-        raise CheckpointError(f"{path}: must have at most {limit >> 20} MB")
-    return data
 
 
 def contained(path: Path, folder: Path) -> Path:
