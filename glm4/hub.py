@@ -50,7 +50,7 @@ def find_folder(path_or_repo: str | os.PathLike[str]) -> Path:
     if path_or_repo == "demo":
         return DEMO
     name = os.fspath(path_or_repo)
-    path = expand(name)
+    path = Path(os.path.expanduser(name))  # leaves a user who is not there as it is
     try:
         if name and path.is_dir():
             return path
@@ -75,11 +75,3 @@ def find_folder(path_or_repo: str | os.PathLike[str]) -> Path:
             f"{name}: no such folder, and the Hugging Face Hub did not give it "
             f"({type(error).__name__}: {reason})"
         ) from None
-
-
-def expand(path: str | os.PathLike[str]) -> Path:
-    """`path` with the home folder in place of "~" or "~user"."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise CheckpointError(f"{os.fspath(path)}: {error}") from None

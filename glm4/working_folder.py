@@ -26,7 +26,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from glm4.hub import expand
 from glm4.tensor_files import CheckpointError
 from glm4_kernels.library import bad_type
 
@@ -44,7 +43,9 @@ def free_place(target: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(target, (str, os.PathLike)):
         raise bad_type("quantize_checkpoint", "target", "a path", repr(target))
-    path = expand(target)
+    path = Path(os.path.expanduser(target))
+    if str(path).startswith("~"):
+        raise CheckpointError(f"{path}: there is no such user")
     if path.name in ("", "..") or "\0" in str(path):
         raise CheckpointError(f"{os.fspath(target)!r}: must end in the name of a new folder")
     if os.path.lexists(path):

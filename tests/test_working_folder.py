@@ -233,7 +233,7 @@ def test_left_folder_with_a_file_of_the_users(source, tmp_path):
         ("model/int4", "int4: must not lie in .*model, which is read"),
         ("model/new/int4", "int4: must not lie in .*model, which is read"),
         ("link/int4", "int4: must not lie in .*model, which is read"),
-        ("~nobody-of-this-name/target", "~nobody-of-this-name/target: "),
+        ("~nobody-of-this-name/target", "~nobody-of-this-name/target: there is no such user"),
     ],
 )
 def test_places_that_cannot_be(target, message, source, tmp_path, monkeypatch):
