@@ -67,7 +67,8 @@ def marked(folder: Path, *names: str) -> Path:
 LEFT = "target.partial-0123abcd"
 NAMES = (
     *("target.partial", ".target.partial", "target.partial.lock", "target.partial-", LEFT),
-    *("target.partial-89abcdef", "target.partial-89abcdef0", "target.tmp", "target~", ".target"),
+    *(f"target.partial-{digit * 8}" for digit in "02468acef"),
+    *("target.partial-89abcdef0", "target.tmp", "target~", ".target"),
     *(MARK, ".tmpAbC123", "0.safetensors", "model.safetensors", "config.json", "tokenizer.json"),
 )
 
