@@ -65,11 +65,11 @@ def marked(folder: Path, *names: str) -> Path:
 
 
 LEFT = "target.partial-0123abcd"
+LEFT_NAMES = (LEFT, *(f"target.partial-{digit * 8}" for digit in "02468acef"))
 NAMES = (
-    *("target.partial", ".target.partial", "target.partial.lock", "target.partial-", LEFT),
-    *(f"target.partial-{digit * 8}" for digit in "02468acef"),
-    *("target.partial-89abcdef0", "target.tmp", "target~", ".target"),
-    *(MARK, ".tmpAbC123", "0.safetensors", "model.safetensors", "config.json", "tokenizer.json"),
+    *("target.partial", ".target.partial", "target.partial.lock", "target.partial-"),
+    *("target.partial-89abcdef0", "target.tmp", "target~", ".target", MARK, ".tmpAbC123"),
+    *("0.safetensors", "model.safetensors", "config.json", "tokenizer.json", *LEFT_NAMES),
 )
 
 
@@ -82,6 +82,8 @@ def make_neighbour(path: Path, kind: str, source: Path) -> None:
         os.link(root / "mine" / "thesis.txt", path)
     elif kind == "fifo":
         os.mkfifo(path)
+    elif kind == "link to left folder":
+        path.symlink_to(marked(root / "elsewhere" / path.name, "0.safetensors"))
     elif kind.startswith("link to "):
         goal = {"file": "mine/thesis.txt", "folder": "mine", "source": source, "nothing": "gone"}
         path.symlink_to(goal[kind.removeprefix("link to ")])
@@ -95,8 +97,9 @@ def make_neighbour(path: Path, kind: str, source: Path) -> None:
         path.mkdir()
         (path / MARK).write_text("")
     elif kind == "link as mark":
-        path.mkdir()
-        (path / MARK).symlink_to(marked(root / "elsewhere" / path.name) / MARK)
+        marked(path, "0.safetensors")
+        (path / MARK).rename(root / "elsewhere" / path.name)
+        (path / MARK).symlink_to(root / "elsewhere" / path.name)
     elif kind == "left folder with thesis":
         marked(path, "0.safetensors", "thesis.txt")
     elif kind == "left folder with link":
@@ -107,11 +110,13 @@ def make_neighbour(path: Path, kind: str, source: Path) -> None:
         (path / "model.safetensors").mkdir()
 
 
+LEFT_KINDS = (
+    *("copy of a left folder", "mark alone", "link as mark", "link to left folder"),
+    *("left folder with thesis", "left folder with link", "left folder with folder"),
+)
 KINDS = (
     *("file", "hard link", "fifo", "link to file", "link to folder", "link to source"),
-    *("link to nothing", "folder", "checkpoint", "copy of a left folder", "mark alone"),
-    *("link as mark", "left folder with thesis", "left folder with link"),
-    "left folder with folder",
+    *("link to nothing", "folder", "checkpoint", *LEFT_KINDS),
 )
 ENDS = ("success", "refused", "made meanwhile", "full disk", "interrupted")
 
@@ -124,12 +129,15 @@ ENDS = ("success", "refused", "made meanwhile", "full disk", "interrupted")
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(
-    neighbours=st.dictionaries(st.sampled_from(NAMES), st.sampled_from(KINDS), max_size=6),
+    neighbours=st.dictionaries(st.sampled_from(NAMES), st.sampled_from(KINDS), max_size=4),
+    left=st.dictionaries(
+        st.sampled_from(LEFT_NAMES), st.sampled_from(LEFT_KINDS), min_size=1, max_size=3
+    ),
     place=st.sampled_from(("model", *NAMES)),
     is_marked=st.booleans(),
     end=st.sampled_from(ENDS),
 )
-def test_neighbours_stay(source, neighbours, place, is_marked, end):
+def test_neighbours_stay(source, neighbours, left, place, is_marked, end):
     """Every byte that is not of the run, with each mode and link, is after it as it was before."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -140,7 +148,7 @@ def test_neighbours_stay(source, neighbours, place, is_marked, end):
         if is_marked:  # a run whose source was left by another
             marked(given)
         target = root / "target"
-        for name, kind in neighbours.items():
+        for name, kind in (neighbours | left).items():
             if name != place:
                 make_neighbour(root / name, kind, given)
         if end == "refused":
