@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "quantize", help="write a smaller checkpoint", description=quantize.__doc__
     )
-    command.set_defaults(run=quantize)
+    command.set_defaults(run=quantize, error=command.error)
     command.add_argument("source", metavar="SRC", help="a folder or Hub repository")
     command.add_argument("target", metavar="DST", help="a folder that does not exist yet")
     command.add_argument(
@@ -110,8 +110,13 @@ def _parser() -> argparse.ArgumentParser:
         "--head-bits",
         type=int,
         choices=(4, 8, 16),
-        default=8,
-        help="of lm_head; 16 leaves it as it is; default: 8",
+        help="of lm_head; 16 leaves it as it is; default: 8, with --for 16",
+    )
+    command.add_argument(
+        "--for",
+        dest="engine",
+        choices=("transformers", "vllm", "sglang"),
+        help="the form that this engine reads right: one scheme for all layers, a 16-bit head",
     )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     command.add_argument(
@@ -201,8 +206,12 @@ def generate(args: argparse.Namespace) -> None:
 def quantize(args: argparse.Namespace) -> None:
     """Writes a checkpoint with its linear layers in 4 or 8 bits (compressed-tensors'
     pack-quantized), layer by layer: memory stays that of one layer."""
-    from glm4.quantize import quantize_checkpoint
+    from glm4.quantize import ENGINES, quantize_checkpoint
 
+    if args.engine and args.head_bits not in (None, 16):
+        args.error(f"--head-bits must be 16 with --for {args.engine}, got {args.head_bits}")
+    if args.engine and args.asymmetric and not ENGINES[args.engine]:
+        args.error(f"--asymmetric is not read by {args.engine}")
     named = args.group_size or ("128" if args.bits == 4 else "channel")
     target = quantize_checkpoint(
         args.source,
@@ -213,6 +222,7 @@ def quantize(args: argparse.Namespace) -> None:
         args.head_bits,
         args.device,
         args.rope_theta,
+        engine=args.engine,
     )
     size = sum(path.stat().st_size for path in target.iterdir())
     gigabytes = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -1,4 +1,7 @@
-"""Where a checkpoint lies: a folder, the bundled demo, or a snapshot of a Hub repository."""
+"""Where a checkpoint lies: a folder, the bundled demo, or a snapshot of a Hub repository.
+
+And which files it consists of; nothing else of a repository is downloaded, read or copied.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,44 @@ from glm4.tensor_files import CheckpointError
 from glm4_kernels.library import bad_type
 
 DEMO = Path(__file__).parent / "demo"
+# What a checkpoint has besides tensors and config.json, and `glm4 quantize` passes on.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+# By their names in the repository's top folder: neither pickles nor code.
+DOWNLOADED = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "tokenizer.model",
+    *COMPANIONS,
+)
 
 
 def find_folder(path_or_repo: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint; downloads a Hub repository.
+
+    Raises:
+        CheckpointError: there is no such folder, and the Hub does not give it.
+    """
     if not isinstance(path_or_repo, (str, os.PathLike)):
         raise bad_type("load", "path_or_repo", "a folder or 'org/name'", repr(path_or_repo))
     if path_or_repo == "demo":
         return DEMO
     name = os.fspath(path_or_repo)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # leaves a user who is not there as it is
     try:
         if name and path.is_dir():
             return path
@@ -33,7 +65,10 @@ def find_folder(path_or_repo: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        # Its "*" goes across "/": without the second, the tensors of every sub-folder would come.
+        return Path(
+            snapshot_download(name, allow_patterns=list(DOWNLOADED), ignore_patterns=["*/*"])
+        )
     except Exception as error:  # network, HTTP, authorisation, offline mode: many classes
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(

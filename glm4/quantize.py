@@ -4,56 +4,46 @@ What is written is compressed-tensors' `pack-quantized`, under transformers' nam
 whatever the source calls them: transformers, vLLM and `glm4.load` read it. Memory is that of one
 source tensor and one shard, never of the model.
 
-Everything goes to `TARGET.partial`, which becomes TARGET by one rename when it is whole: a run that
-is killed leaves nothing that looks finished, and the next one starts over.
+A run that is killed leaves nothing that looks finished, and the next one starts over: see
+`working_folder`.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from glm4.checkpoint import Checkpoint, examine, read_into, resolve_device
+from glm4.companions import as_json, copy_companions
 from glm4.config_json import FIELDS
-from glm4.hub import find_folder
+from glm4.hub import COMPANIONS, find_folder
 from glm4.model import Config, Weight
 from glm4.progress import progress_bar
 from glm4.quantization_config import Scheme, write_quantization
 from glm4.quantization_policy import LINEAR, Form, preparer
 from glm4.quantized_checkpoint import Codes, pack_quantized
 from glm4.rope_config import ROPE_FIELDS, rope_fields
-from glm4.tensor_files import STORED_DTYPES, CheckpointError, read_json
+from glm4.tensor_files import STORED_DTYPES, CheckpointError
 from glm4.tensor_names import Naming
-from glm4.tokenizer_model import convert_tokenizer
-from glm4_kernels.library import bad_value
+from glm4.working_folder import WorkingFolder, appearing, free_place
+from glm4_kernels.library import bad_type, bad_value
 from glm4_kernels.quantized_weight import slabs
 
 # Bytes of a shard, and so of what waits in memory to be written; a larger tensor has its own.
 SHARD_SIZE = 1 << 30
-# What a checkpoint has besides tensors and config.json.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
+FILES = re.compile(
+    r"\d+\.safetensors|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json|"
+    + "|".join(re.escape(name) for name in COMPANIONS)
 )
+# Who else reads what is written, and whether with zero points.
+ENGINES = {"transformers": False, "vllm": True, "sglang": False}
 
 
 @torch.no_grad()
@@ -63,67 +53,64 @@ def quantize_checkpoint(
     bits: int = 4,
     group_size: int | None = 128,
     symmetric: bool = True,
-    head_bits: int = 8,
+    head_bits: int | None = None,
     device: str | torch.device = "auto",
     rope_theta: float | None = None,
     progress: bool = True,
+    engine: str | None = None,
 ) -> Path:
     """Writes `source` with its linear layers in 4 or 8 bits to `target`.
 
     Args:
         source: a folder or Hub repository, as for `glm4.load`; its weights are not quantised yet.
-        target: a folder that does not exist.
+        target: a folder that does not exist, and does not lie in `source`.
         bits: 4 or 8, of every linear layer but the head.
         group_size: 32, 64, 128 or None (per channel); where it does not divide a row, the largest
             that does.
         symmetric: false stores a zero point for each group too.
-        head_bits: 4, 8 or 16 (left as it is), of lm_head.
+        head_bits: 4, 8 or 16 (left as it is), of lm_head; None is 8, or what `engine` reads.
         device: where to compute: "auto" is the GPU if there is one.
         rope_theta: written in place of the source's.
         progress: shows a bar on stderr after two seconds.
+        engine: who else is to read it: "transformers", "vllm" or "sglang". Some of their versions
+            and ways to load are right only with one scheme for all layers, so the group is the
+            largest that divides the rows of all, and with a head of 16 bits.
 
     Returns:
         The path of `target`.
 
     Raises:
-        CheckpointError: the source cannot be read or is quantised already; the target exists.
+        CheckpointError: the source cannot be read or is quantised already; the target exists or
+            cannot be written.
         ValueError, TypeError: another argument is wrong.
     """
-    if bits not in (4, 8):
-        raise bad_value("quantize_checkpoint", "bits", "4 or 8", repr(bits))
-    if group_size not in (32, 64, 128, None):
-        raise bad_value("quantize_checkpoint", "group_size", "32, 64, 128 or None", group_size)
-    if head_bits not in (4, 8, 16):
-        raise bad_value("quantize_checkpoint", "head_bits", "4, 8 or 16", repr(head_bits))
+    form, head_bits = options(bits, group_size, symmetric, head_bits, engine)
     place = resolve_device(device)
+    target = free_place(target)
     folder = find_folder(source)
     checkpoint = examine(folder, rope_theta)
+    config = checkpoint.config
     if checkpoint.quantised:
         raise CheckpointError(f"{folder}: must not be quantised already, got quantised weights")
     config_json = as_transformers(checkpoint)
     checkpoint.warn()
-
-    # Rounding to 8 bits leaves nothing to answer for.
-    forms = {
-        width: Form(width, group_size, symmetric, "feedback" if width == 4 else "search")
-        for width in (4, 8)
-    }
-    policy = dict.fromkeys(LINEAR, forms[bits])
+    if engine is not None:
+        form = replace(form, group_size=common_group(config, form.group_size))
+    policy = dict.fromkeys(LINEAR, form)
     del policy["lm_head"]
     if head_bits != 16:
-        policy["lm_head"] = replace(forms[head_bits], method="search")
-    prepare = preparer(policy, checkpoint.config)
+        policy["lm_head"] = replace(form, bits=head_bits, method="search")
+    prepare = preparer(policy, config)
 
-    target = Path(target).expanduser()
-    with appearing(target) as partial:
+    with appearing(target, folder, FILES) as partial:
+        copy_companions(folder, partial, checkpoint.config_json["model_type"] == "chatglm")
         shards = Shards(partial)
         schemes: dict[str, Scheme | None] = {}
-        shapes = checkpoint.config.shapes
-        with progress_bar(f"Quantising {folder.name}", len(shapes), progress) as show:
+        with progress_bar(f"Quantising {folder.name}", len(config.shapes), progress) as show:
             for done, name in enumerate(checkpoint.floats, 1):
                 weight = read(checkpoint, name, place)
                 codes = codes_of(weight, prepare(name, weight))
-                for part, rows in rows_on_disk(checkpoint.config, name).items():
+                for part, rows in rows_on_disk(config, name).items():
                     module = part.rpartition(".")[0]
                     if name.rpartition(".")[2] in LINEAR:
                         schemes[module] = None if codes is None else scheme_of(codes)
@@ -134,10 +121,44 @@ def quantize_checkpoint(
                             shards.add(f"{module}.{kind}", tensor)
                 show(done)
             shards.close()
-        copy_companions(folder, partial, checkpoint.config_json["model_type"] == "chatglm")
         config_json["quantization_config"] = write_quantization(schemes)
-        write_json(partial / "config.json", config_json)
+        partial.write("config.json", as_json(config_json))
     return target
+
+
+def options(
+    bits: int, group_size: int | None, symmetric: bool, head_bits: int | None, engine: str | None
+) -> tuple[Form, int]:
+    """(the form of every layer but the head, the bits of the head); raises for any other value."""
+    name = "quantize_checkpoint"
+    if bits not in (4, 8):
+        raise bad_value(name, "bits", "4 or 8", repr(bits))
+    if group_size not in (32, 64, 128, None):
+        raise bad_value(name, "group_size", "32, 64, 128 or None", group_size)
+    if not isinstance(symmetric, bool):
+        raise bad_type(name, "symmetric", "a bool", repr(symmetric))
+    if head_bits not in (None, 4, 8, 16):
+        raise bad_value(name, "head_bits", "4, 8 or 16", repr(head_bits))
+    if engine is None:
+        head_bits = head_bits or 8
+    elif engine not in ENGINES:
+        raise bad_value(name, "engine", f"None, {', '.join(ENGINES)}", repr(engine))
+    elif not symmetric and not ENGINES[engine]:
+        raise bad_value(name, "symmetric", f"True for {engine}", symmetric)
+    elif head_bits not in (None, 16):
+        raise bad_value(name, "head_bits", f"16 for {engine}", head_bits)
+    # Rounding to 8 bits leaves nothing to answer for.
+    method = "feedback" if bits == 4 else "search"
+    group_size = None if group_size is None else int(group_size)
+    return Form(int(bits), group_size, symmetric, method), int(head_bits or 16)
+
+
+def common_group(config: Config, group_size: int | None) -> int | None:
+    """The largest group, up to `group_size`, that divides the rows of all layers but the head."""
+    kinds = [kind for kind in LINEAR if kind != "lm_head"]
+    columns = [shape[-1] for name, shape in config.shapes.items() if name.split(".")[-1] in kinds]
+    sizes = (size for size in (128, 64, 32) if size <= (group_size or 0))
+    return next((size for size in sizes if not any(n % size for n in columns)), None)
 
 
 def read(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
@@ -216,7 +237,7 @@ def scheme_of(codes: Codes) -> Scheme:
 class Shards:
     """Tensors on their way into files of about `SHARD_SIZE`; `close` numbers and lists them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: WorkingFolder) -> None:
         self.folder = folder
         self.pending: dict[str, Tensor] = {}
         self.files: list[list[str]] = []  # the names in each
@@ -233,80 +254,23 @@ class Shards:
         self.total += n_bytes
 
     def flush(self) -> None:
-        file = self.folder / f"{len(self.files)}.safetensors"
-        try:
+        with self.folder.writing(f"{len(self.files)}.safetensors") as file:
             save_file(self.pending, file, metadata={"format": "pt"})
-        except SafetensorError as failure:  # a full disk, for instance
-            raise CheckpointError(f"{file}: cannot be written ({failure})") from None
-        file.chmod(self.folder.stat().st_mode & 0o666)  # safetensors lets only its owner read it
         self.files.append(list(self.pending))
         self.pending, self.size = {}, 0
 
     def close(self) -> None:
         self.flush()
         if len(self.files) == 1:
-            (self.folder / "0.safetensors").rename(self.folder / "model.safetensors")
+            self.folder.rename("0.safetensors", "model.safetensors")
             return
         weight_map: dict[str, str] = {}
         for i, names in enumerate(self.files):
             file = f"model-{i + 1:05}-of-{len(self.files):05}.safetensors"
-            (self.folder / f"{i}.safetensors").rename(self.folder / file)
+            self.folder.rename(f"{i}.safetensors", file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-        write_json(self.folder / "model.safetensors.index.json", index)
-
-
-@contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which becomes `target` if nothing fails, and is gone if it does."""
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target}: must not exist yet; remove it, or choose another place")
-    partial = target.with_name(f"{target.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    with locked(partial):
-        for left in sorted(partial.iterdir()):  # by a run that was killed
-            if left.suffix not in (".safetensors", ".json") and left.name not in COMPANIONS:
-                raise CheckpointError(f"{left}: is not of a run that was killed; remove its folder")
-            left.unlink()
-        try:
-            yield partial
-            partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Until its end, or that of the process, nobody else has this folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise CheckpointError(f"{folder}: another run is writing into it") from None
-    finally:
-        os.close(handle)
-
-
-def copy_companions(source: Path, target: Path, remote_code: bool) -> None:
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if remote_code and (target / "tokenizer_config.json").is_file():
-        # Its class is code beside the checkpoint, which is not copied.
-        given = read_json(target / "tokenizer_config.json")
-        given.pop("auto_map", None)
-        given["tokenizer_class"] = "PreTrainedTokenizerFast"
-        write_json(target / "tokenizer_config.json", given)
-    if not (target / "tokenizer.json").is_file() and (source / "tokenizer.model").is_file():
-        convert_tokenizer(source / "tokenizer.model").save(str(target / "tokenizer.json"))
-    if not (target / "tokenizer.json").is_file():
-        warnings.warn(
-            f"{source}: has neither tokenizer.json nor tokenizer.model, so what is written has no "
-            "tokenizer either; copy one into it",
-            stacklevel=4,
-        )
+        self.folder.write("model.safetensors.index.json", as_json(index))
 
 
 def as_transformers(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -337,7 +301,3 @@ def as_transformers(checkpoint: Checkpoint) -> dict[str, Any]:
         "eos_token_id": given.get("eos_token_id", stops),
         "pad_token_id": given.get("pad_token_id", stops[0] if stops else None),
     }
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -110,6 +110,11 @@ def test_quantize_writes_what_load_would(checkpoint_folder, tmp_path, capsys):
     down = model.blocks[0].mlp.down
     assert (down.bits, down.group_size, down.zero_point is None) == (8, 32, False)
     assert isinstance(model.lm_head, torch.Tensor) and model.config.theta == 5e6
+    assert quantize(checkpoint_folder, tmp_path / "d", "--for", "vllm", "--asymmetric") == 0
+    model = glm4.load(tmp_path / "d", "cpu")
+    down = model.blocks[0].mlp.down
+    assert (down.bits, down.group_size, down.zero_point is None) == (4, 32, False)
+    assert isinstance(model.lm_head, torch.Tensor)
     assert quantize(checkpoint_folder, tmp_path / "c", "--bits", "8") == 0
     assert glm4.load(tmp_path / "c", "cpu").blocks[0].mlp.down.group_size is None
 
@@ -249,6 +254,9 @@ def test_bad_input_is_one_line(folder, capsys, breaks, message):
         (["generate", "--quantize", "int3"], "invalid choice: 'int3'"),
         (["quantize", "x"], "the following arguments are required: DST"),
         (["quantize", "x", "y", "--bits", "3"], "invalid choice: 3"),
+        (["quantize", "x", "y", "--for", "llama"], "invalid choice: 'llama'"),
+        (["quantize", "x", "y", "--for", "vllm", "--head-bits", "4"], "--head-bits must be 16"),
+        (["quantize", "x", "y", "--for", "sglang", "--asymmetric"], "--asymmetric is not read by"),
         (["quantize", "x", "y", "--group-size", "16"], "invalid choice: '16'"),
         (["env", "--model", "x"], "unrecognized arguments"),
     ],

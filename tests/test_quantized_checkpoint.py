@@ -575,7 +575,10 @@ CONFIGS = [
     (gptq_config(dynamic={"(": {"bits": 8}}), r"pattern 're:\(' must be a regular expression"),
     (gptq_config(dynamic={r"-:(a)\1": {}}), "expression, as far as they are read here .references"),
     (gptq_config(dynamic={"-:a{99999999999}": {}}), "expression, .*more than 1000 parts"),
-    (gptq_config(dynamic={"-:" + "(" * 9999: {}}), r"'re:\(+\.\.\.\(+' must be a regular .*50 groups"),
+    (
+        gptq_config(dynamic={"-:" + "(" * 9999: {}}),
+        r"'re:\(+\.\.\.\(+' must be a regular .*50 groups",
+    ),
     (ct(4, 128, targets=["re:(?<=x)y"]), r"pattern 're:\(\?<=x\)y' must be a regular expression"),
     (ct(4, 128, ignore=["re:(?i)head"]), r"pattern 're:\(\?i\)head' must be a regular expression"),
     (
