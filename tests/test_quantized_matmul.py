@@ -175,7 +175,7 @@ def test_activations_are_rounded_like_the_reference():
     x = torch.cat((ties * step, random, torch.zeros(1, 32)))
     q, scale = quantize_activations(x, None)
     assert q.abs().max() == 127 and (q[0, :31] % 2 == 0).all()  # halves go to the even side
-    for variant in build_info()["cpu_variants"]:
+    for variant in extension().build_info()["cpu_variants"]:
         weight = identity(32)
         form = (weight.packed, weight.scale, None, None, 32, 8, None)
         y = launch_quantized_matmul(x, *form, True, False, variant=variant)
@@ -281,7 +281,7 @@ def test_threads_and_variants_change_no_bit(mode):
         try:
             for n_threads in (1, 2, 7):  # 7: more than the machine has
                 torch.set_num_threads(n_threads)
-                for variant in build_info()["cpu_variants"]:
+                for variant in extension().build_info()["cpu_variants"]:
                     form = (mode == "int8", case[1] % 32 == 0)
                     results.append(launch_quantized_matmul(*arguments, *form, variant=variant))
         finally:
@@ -606,7 +606,10 @@ def test_the_extension_survives_any_argument(data):
     arguments = (
         *(buffer(t) if t.numel() else (0, 0) for t in memory.values()),
         *(*dtypes, m, n, k, bits, group, draw(st.sampled_from([0, 32, 64, 128, 33, -1])), swiglu),
-        *(draw(st.integers(-1, 3)), draw(st.sampled_from(["", *build_info()["cpu_variants"]]))),
+        *(
+            draw(st.integers(-1, 3)),
+            draw(st.sampled_from(["", *extension().build_info()["cpu_variants"]])),
+        ),
     )
     with contextlib.suppress(ValueError):
         extension().quantized_matmul_cpu(*arguments)
