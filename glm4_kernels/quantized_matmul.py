@@ -245,8 +245,8 @@ _quantized_matmul = register_op(
 
 
 def int8_activation_error(x: Tensor, qweight: QuantizedWeight) -> float:
-    """What int8 activations cost for this x [..., K] on the CPU: |y - y'| / |y'| (L2 norms), y' with
-    activations="float"."""
+    """What int8 activations cost for this x [..., K] on the CPU: |y - y'| / |y'| in L2 norms, where
+    y' has activations="float"."""
     exact = quantized_matmul(x, qweight, activations="float").double()
     error = (quantized_matmul(x, qweight, activations="int8").double() - exact).norm().item()
     return error / exact.norm().item() if error else 0.0

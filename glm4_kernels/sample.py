@@ -594,13 +594,17 @@ def check_sample(
         raise bad_value("sample", "repetition_penalty", "over 0 and finite", repetition_penalty)
 
 
-def check_unseen(
+def check_sample_seen(logits: Tensor, uniform: Tensor | None, seen: Tensor, *settings: Any) -> None:
+    if seen is None:
+        raise bad_type("sample", "seen", "a tensor", None)
+    check_sample(logits, uniform, seen, *settings)
+
+
+def check_sample_unseen(
     logits: Tensor, uniform: Tensor | None = None, seen: None = None, *settings: Any
 ) -> None:
     if seen is not None:
-        raise bad_value(
-            "sample", "seen", "None in the overload `default`, not in `seen`", "a tensor"
-        )
+        raise bad_value("sample", "seen", "None in this overload, unlike sample.seen", "a tensor")
     check_sample(logits, uniform, None, *settings)
 
 
@@ -617,8 +621,12 @@ def register(schema: str, check: Callable[..., None]) -> Callable[..., Any]:
 
 
 # Two overloads, so that what is written is always there.
-_sample_seen = register("sample.seen(Tensor logits, Tensor? uniform, Tensor(a!) seen", check_sample)
-_sample = register("sample(Tensor logits, Tensor? uniform=None, Tensor? seen=None", check_unseen)
+_sample_seen = register(
+    "sample.seen(Tensor logits, Tensor? uniform, Tensor(a!) seen", check_sample_seen
+)
+_sample = register(
+    "sample(Tensor logits, Tensor? uniform=None, Tensor? seen=None", check_sample_unseen
+)
 
 
 def sample(

@@ -26,7 +26,7 @@ elif not torch.cuda.is_available():
     with suppress(ImportError):
         import interpreter_floats  # noqa: F401
 
-from glm4_kernels.extension import HAS_EXTENSION, MissingExtension
+from glm4_kernels.extension import HAS_EXTENSION, MissingExtension  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

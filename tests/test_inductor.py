@@ -1,5 +1,5 @@
-"""Every op through torch.compile's default backend and AOTInductor: the same numbers as without, and
-what is written is written in place."""
+"""Every op through torch.compile's default backend and AOTInductor: the numbers are those without,
+and what is written is written in place."""
 
 from __future__ import annotations
 

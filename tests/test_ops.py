@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import glm4_kernels as gk
 from glm4_kernels.library import register_op
@@ -315,6 +316,100 @@ def test_refuses_gradients(example, device):
                 RuntimeError, match=f"^{example.name}: {parameter.name} requires grad"
             ):
                 example.overload(*changed)
+
+
+def floats(example, device):
+    """What of its arguments could be differentiated: (position, name, argument)."""
+    arguments = example.arguments(torch.float32, device)
+    parameters = example.overload._schema.arguments[: len(arguments)]
+    for index, (parameter, argument) in enumerate(zip(parameters, arguments, strict=True)):
+        if isinstance(argument, Tensor) and argument.is_floating_point():
+            yield index, parameter.name, argument.contiguous()
+
+
+def forward_dual(f, x):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+DIFFERENTIATED = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(x[None]),
+    "grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.func.vmap(f)(x[None]).sum())(x),
+    "forward mode": forward_dual,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", DIFFERENTIATED)
+@each_example
+def test_refuses_to_be_differentiated(example, transform, device):
+    """Where a zero for a gradient would be silent; under no_grad there is none to be had."""
+    written = [a for a in example.overload._schema.arguments if a.alias_info is not None]
+    if "vmap" in transform and written:
+        pytest.skip("what an op writes cannot be a batch (test_vmap)")
+    for index, name, argument in floats(example, device):
+        arguments = example.arguments(torch.float32, device)
+
+        def call(x, index=index, arguments=arguments):
+            changed = (*arguments[:index], x, *arguments[index + 1 :])
+            outputs = tensors(example.overload(*changed))
+            return sum(output.float().sum() for output in outputs) + x.sum()
+
+        def call_without_grad(x, call=call):
+            with torch.no_grad():
+                return call(x)
+
+        refused = f"^{example.name}: {name} requires grad, but this op is for inference only"
+        with pytest.raises(RuntimeError, match=refused):
+            DIFFERENTIATED[transform](call, argument)
+        if transform != "forward mode":
+            continue
+        DIFFERENTIATED[transform](call_without_grad, argument)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@each_example
+def test_vmap(example, device):
+    """Gives what a loop gives, or says that it cannot."""
+    written = [a for a in example.overload._schema.arguments if a.alias_info is not None]
+    for index, _, argument in floats(example, device):
+        if argument.numel() == 0:
+            continue
+        batch = torch.stack((argument, argument / 2))
+        arguments = example.arguments(torch.float32, device)
+
+        def call(x, index=index, arguments=arguments):
+            changed = (*arguments[:index], x, *arguments[index + 1 :])
+            return tuple(tensors(example.overload(*changed)))
+
+        if written:
+            with pytest.raises(RuntimeError, match=r"^Batching rule not implemented"):
+                torch.func.vmap(call)(batch)
+            continue
+        expected = [torch.stack(outputs) for outputs in zip(*map(call, batch), strict=True)]
+        assert_equal(tensors(torch.func.vmap(call)(batch)), expected)
+
+
+@each_example
+def test_compiled_without_grad_takes_parameters(example, device):
+    """And refuses them with it, as it does uncompiled."""
+    arguments = [
+        torch.nn.Parameter(a) if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in example.arguments(torch.float32, device)
+    ]
+    expected = example.arguments(torch.float32, device)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *given: example.public(*given), backend="aot_eager")
+    if any(isinstance(a, torch.nn.Parameter) for a in arguments):
+        with pytest.raises(RuntimeError, match=f"{example.name}: \\w+ requires grad"):
+            compiled(*arguments)
+    with torch.no_grad():
+        assert_equal(tensors(compiled(*arguments)), tensors(example.public(*expected)))
 
 
 @each_example

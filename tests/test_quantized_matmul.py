@@ -17,7 +17,7 @@ from numerics import assert_bitwise_equal, assert_within_rule
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import glm4_kernels as gk
-from glm4_kernels.extension import DTYPE_CODES, buffer, build_info, direct_call, extension
+from glm4_kernels.extension import DTYPE_CODES, buffer, direct_call, extension
 from glm4_kernels.quantized_matmul import (
     check_quantized_matmul,
     launch_quantized_matmul,
@@ -613,3 +613,15 @@ def test_the_extension_survives_any_argument(data):
     )
     with contextlib.suppress(ValueError):
         extension().quantized_matmul_cpu(*arguments)
+
+
+@pytest.mark.parametrize("step, expected", [(None, 0.006), (64, 0.86), (4096, 0.11)])
+def test_int8_activation_error(step, expected):
+    """The figures of `quantized_matmul`: every so many channels one 1000 times the others."""
+    weight, x = torch.randn(512, 4096), torch.randn(64, 4096)
+    if step:
+        weight[:, ::step] = 0
+        x[:, ::step] *= 1000
+    error = gk.int8_activation_error(x, gk.quantize(weight, 4, 64))
+    assert error == pytest.approx(expected, rel=0.15)
+    assert gk.int8_activation_error(torch.zeros(1, 4096), gk.quantize(weight, 4, 64)) == 0.0
