@@ -9,7 +9,6 @@ from torch import Tensor
 
 from glm4_kernels.library import bad_value
 
-
 share_storage: Callable[[Tensor, Tensor], bool] = vars(torch._C)["_is_alias_of"]
 
 
@@ -43,10 +42,13 @@ def _reaches(distance: int, steps: list[tuple[int, tuple[int, int]]]) -> bool:
 
 def check_apart(op: str, written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     """Raises if a tensor of `written` overlaps another of either."""
-    of_storage: dict[int, list[str]] = {}
     tensors = written | read
-    for name, tensor in tensors.items():
-        of_storage.setdefault(tensor.untyped_storage()._cdata, []).append(name)
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors.values()]
+    if len(set(storages)) == len(storages):
+        return
+    of_storage: dict[int, list[str]] = {}
+    for name, storage in zip(tensors, storages, strict=True):
+        of_storage.setdefault(storage, []).append(name)
     for names in of_storage.values():
         for i, name in enumerate(names):
             for other in names[i + 1 :]:
