@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cfloat>
 #include <optional>
 #include <string>
 #include <utility>
@@ -147,6 +146,37 @@ bool is_written_like(const Tensor& x, const Tensor& like) {
     return good;
 }
 
+// Whether two tensors of one shape, dtype and strides share a value: some sum of at most n - 1
+// strides of each dimension, either way, is their distance.
+bool overlap(const Tensor& a, const Tensor& b) {
+    const Buffer &first = std::min(a.buffer, b.buffer), &second = std::max(a.buffer, b.buffer);
+    const uint64_t distance = second.first - first.first;
+    if (distance >= first.second) return false;
+    struct Dim {
+        int64_t stride, most;
+        bool operator<(const Dim& other) const { return stride > other.stride; }
+    };
+    std::array<Dim, MAX_DIMS> dims = {};
+    int n_dims = 0;
+    for (int i = 0; i < a.dims; ++i) {
+        if (a.shape[i] > 1) dims[n_dims++] = {a.strides[i], a.shape[i] - 1};
+    }
+    std::sort(dims.begin(), dims.begin() + n_dims);
+    const auto reaches = [&](const auto& self, int i, int64_t left) -> bool {
+        if (i == n_dims) return left == 0;
+        int64_t rest = 0;
+        for (int j = i + 1; j < n_dims; ++j) rest += dims[j].stride * dims[j].most;
+        const auto [stride, most] = dims[i];
+        const int64_t last = std::min(most, (left + rest) / stride);
+        for (int64_t n = std::max(-most, (left - rest) / stride); n <= last; ++n) {
+            if (self(self, i + 1, left - n * stride)) return true;
+        }
+        return false;
+    };
+    const int64_t item = size_of(a.dtype);
+    return distance % item != 0 || reaches(reaches, 0, int64_t(distance) / item);
+}
+
 // ---- results
 
 // x.new_empty(shape, dtype=dtype); its own dtype by default.
@@ -208,8 +238,12 @@ struct Given {
     // A gradient is refused by name, in Python.
     void require_no_gradient() const {
         static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+        static PyObject* const level = PyUnicode_InternFromString("_current_level");
         const Object enabled(checked(PyObject_CallNoArgs(torch().is_grad_enabled)));
-        for (Py_ssize_t i = 0; enabled.get() == Py_True && i < count; ++i) {
+        if (enabled.get() != Py_True) return;
+        const Object forward(checked(PyObject_GetAttr(torch().forward_ad, level)));
+        fits(integer_of(forward.get()) < 0);
+        for (Py_ssize_t i = 0; i < count; ++i) {
             Tensor tensor;
             if (!read_tensor(args[i], &tensor)) continue;
             fits(Object(checked(PyObject_GetAttr(args[i], name))).get() == Py_False);
@@ -361,13 +395,13 @@ PyObject* rope_kv_write(const Given& args) {
         fits(bias->has_shape(qkv.shape[1]) && bias->dtype == qkv.dtype && bias->is_contiguous());
     }
     fits(k.dtype == qkv.dtype || is_quantised(k.dtype));
-    fits(is_written_like(k, k) && is_written_like(v, k));
+    fits(is_written_like(k, k) && is_written_like(v, k) && !overlap(k, v));
     fits(bool(k_scale) == is_quantised(k.dtype) && bool(v_scale) == is_quantised(k.dtype));
     std::array<int64_t, 3> scale_strides = {};
     if (k_scale) {
         fits(k_scale->has_shape(k.shape[0], k.shape[1], k.shape[2]));
         fits(k_scale->dtype == DType::float32 && is_written_like(*k_scale, *k_scale));
-        fits(is_written_like(*v_scale, *k_scale));
+        fits(is_written_like(*v_scale, *k_scale) && !overlap(*k_scale, *v_scale));
         std::copy(k_scale->strides, k_scale->strides + 3, scale_strides.begin());
     }
 
@@ -413,7 +447,7 @@ PyObject* flash_decode(const Given& args) {
     fits(block_table.dims == 2 && block_table.shape[0] == batch);
     fits(block_table.dtype == DType::int32 && block_table.strides[1] == 1);
     fits(seq_lens.has_shape(batch) && seq_lens.dtype == DType::int32);
-    fits(seq_lens.is_contiguous() && 0.0 < scale && scale <= DBL_MAX);
+    fits(seq_lens.is_contiguous() && LEAST_SCALE <= scale && scale <= LARGEST_SCALE);
     for (const auto& cache_scale : {k_scale, v_scale}) {
         fits(bool(cache_scale) == is_quantised(k.dtype));
         if (!cache_scale) continue;

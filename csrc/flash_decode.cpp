@@ -27,6 +27,7 @@ FlashDecode checked_flash_decode(Buffer out, Buffer lse, Buffer q, Buffer k, Buf
                                  const std::array<int64_t, 8>& sizes,
                                  const std::array<int64_t, 14>& strides) {
     CHECKS.require(0 <= format && format <= 2, "unknown cache format");
+    CHECKS.require(LEAST_SCALE <= scale && scale <= LARGEST_SCALE, "scale out of range");
     FlashDecode p;
     p.dtype = CHECKS.dtype(dtype), p.format = CacheFormat(format), p.scale = scale;
     int64_t* const size_fields[] = {&p.batch,   &p.n_queries,  &p.n_heads,   &p.head_dim,

@@ -13,6 +13,9 @@ namespace glm4 {
 // The numbers are known to glm4_kernels/flash_decode.py.
 enum class CacheFormat : int { as_q = 0, int8 = 1, float8_e4m3 = 2 };
 
+// Normal numbers of fp32, and so is their product with log2(e).
+constexpr double LEAST_SCALE = 0x1p-126, LARGEST_SCALE = 0x1p127;
+
 // Strides are in elements; the innermost dimension of each tensor is contiguous.
 struct FlashDecode {
     void* out;                   // [B][Q][H][D], dtype

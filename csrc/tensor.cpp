@@ -56,11 +56,14 @@ void learn_torch(PyObject* torch) {
     PyObject* capsule = PyObject_GetAttrString(tensor_class, "__dlpack_c_exchange_api__");
     const void* found = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
     Py_XDECREF(capsule);  // the class keeps it
-    PyErr_Clear();        // an older torch has none
+    PyObject* autograd = PyObject_GetAttrString(torch, "autograd");
+    PyErr_Clear();  // an older torch has none
     learnt = {PyObject_GetAttrString(torch, "empty_like"),
               PyObject_GetAttrString(torch, "get_num_threads"),
               PyObject_GetAttrString(torch, "is_grad_enabled"),
-              PyObject_GetAttrString(torch, "float32")};
+              PyObject_GetAttrString(torch, "float32"),
+              PyObject_GetAttrString(autograd, "forward_ad")};
+    Py_XDECREF(autograd);
     tensor_type = reinterpret_cast<PyTypeObject*>(tensor_class);
     const auto* exchange = static_cast<const ExchangeTable*>(found);
     if (exchange && exchange->major == 1 && exchange->view_of_object) table = exchange;

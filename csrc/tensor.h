@@ -36,7 +36,7 @@ struct Tensor {
 
 // What is called of torch.
 struct Torch {
-    PyObject *empty_like, *get_num_threads, *is_grad_enabled, *float32;
+    PyObject *empty_like, *get_num_threads, *is_grad_enabled, *float32, *forward_ad;
 };
 
 // Takes these, and the table out of torch.Tensor, once. Where there is no table, or one of a later

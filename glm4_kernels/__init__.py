@@ -4,9 +4,10 @@ from glm4_kernels.add_rms_norm import add_rms_norm, add_rms_norm_quantized
 from glm4_kernels.decode_advance import decode_advance
 from glm4_kernels.decode_schedule import decode_schedule
 from glm4_kernels.flash_decode import flash_decode
+from glm4_kernels.library import raise_device_errors
 from glm4_kernels.merge_attention import merge_attention
 from glm4_kernels.quantize import quantize
-from glm4_kernels.quantized_matmul import quantized_matmul
+from glm4_kernels.quantized_matmul import int8_activation_error, quantized_matmul
 from glm4_kernels.quantized_weight import QuantizedWeight
 from glm4_kernels.rms_norm import rms_norm, rms_norm_quantized
 from glm4_kernels.rope import rope
@@ -23,9 +24,11 @@ __all__ = [
     "decode_advance",
     "decode_schedule",
     "flash_decode",
+    "int8_activation_error",
     "merge_attention",
     "quantize",
     "quantized_matmul",
+    "raise_device_errors",
     "rms_norm",
     "rms_norm_quantized",
     "rope",

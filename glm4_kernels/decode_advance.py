@@ -19,6 +19,7 @@ from torch import Tensor
 
 from glm4_kernels.extension import HAS_EXTENSION, buffer, extension
 from glm4_kernels.library import bad_type, bad_value, register_op
+from glm4_kernels.overlap import check_apart
 from glm4_kernels.triton_import import tl, triton
 
 
@@ -44,7 +45,7 @@ def decode_advance_reference(
 
     column, offset = positions // page_size, positions % page_size
     with_pages = torch.nn.functional.pad(block_table, (0, 1), value=-1)
-    page = with_pages.gather(1, _within(column, block_table.shape[1])[:, None])[:, 0]
+    page = with_pages.gather(1, _within(column, block_table.shape[1])[:, None])[:, 0].long()
     slot = torch.where(page >= 0, page * page_size + offset, -2)
     slots.copy_(torch.where(running, slot, -1))
 
@@ -225,8 +226,21 @@ def check_decode_advance(
             raise bad_value(op, name, "of contiguous rows", f"strides {table.stride()}")
         if table.device != chosen.device:
             raise bad_value(op, name, f"on {chosen.device}", table.device)
-    if page_size < 1:
-        raise bad_value(op, "page_size", "at least 1", page_size)
+    if not 1 <= page_size < 2**31:  # a page is an int32: slots are below 2^62
+        raise bad_value(op, "page_size", "at least 1 and below 2^31", page_size)
+    check_apart(
+        op,
+        {
+            "tokens": tokens,
+            "positions": positions,
+            "seq_lens": seq_lens,
+            "slots": slots,
+            "n_drawn": n_drawn,
+            "uniform": uniform,
+            "results": results,
+        },
+        {"chosen": chosen, "flags": flags, "block_table": block_table, "uniforms": uniforms},
+    )
 
 
 _decode_advance = register_op(
@@ -262,15 +276,16 @@ def decode_advance(
         flags: [F] int32, the kernels' error flags (any F).
         block_table: [B, max_pages] int32, -1 where a sequence has no page.
         uniforms: [B, n] float64, the numbers that each row draws with, in order; n may be 0.
-        page_size: tokens of a page.
+        page_size: tokens of a page, below 2^31.
         tokens, positions, slots, n_drawn: [B] int64, written; n_drawn counts `uniforms`.
         seq_lens: [B] int32, written; 0 in a row of padding, which stays as it is but for `tokens`.
         uniform: [B] float64, written: what `sample` takes next.
         results: [F + B] int64, written: flags, then chosen.
 
     Raises:
-        ValueError, TypeError: the message names the argument. Positions and counts are not checked:
-        beyond their tables they give slot -2 and number 0.
+        ValueError, TypeError: the message names the argument; tensors that are written may overlap
+        no other. Positions and counts are not checked: beyond their tables they give slot -2 and
+        number 0.
     """
     _decode_advance(
         chosen, flags, block_table, uniforms, page_size,

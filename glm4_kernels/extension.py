@@ -37,10 +37,14 @@ DTYPE_CODES = {
 ABSENT = (0, 0)
 
 
+class MissingExtension(RuntimeError):
+    """What was called needs the compiled extension, or its CUDA kernels, and they are not there."""
+
+
 def extension() -> ModuleType:
-    """The compiled module; RuntimeError if it was not built or does not load."""
+    """The compiled module; MissingExtension if it was not built or does not load."""
     if _C is None:
-        raise RuntimeError(f"glm4_kernels was not built: run pip install -e . ({_missing})")
+        raise MissingExtension(f"glm4_kernels was not built: run pip install -e . ({_missing})")
     return _C
 
 
@@ -51,10 +55,11 @@ def direct_call(op: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cuda_extension() -> ModuleType:
-    """The compiled module, with its CUDA kernels; RuntimeError if it has none."""
+    """The compiled module, with its CUDA kernels; MissingExtension if it has none."""
     module = extension()
     if not hasattr(module, "quantized_matmul_cuda"):
-        raise RuntimeError("glm4_kernels was built without CUDA: install nvcc, then pip install .")
+        message = "glm4_kernels was built without CUDA: install nvcc, then pip install ."
+        raise MissingExtension(message)
     return module
 
 

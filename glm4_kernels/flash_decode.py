@@ -15,6 +15,10 @@ are merged by lse in a fixed order (combine), one that a single program had it w
 Rounding points: s, p, lse and all sums in fp32 (the kernel rounds p, or p v_scale, to the dtype of
 q for the tensor cores; the reference does not); one rounding of out to the dtype of q.
 
+On the CPU scores that are all -inf, of keys that are not finite, have no softmax: out = NaN; and a
+V that is not finite reaches no query that must not see its key. The Triton kernel gives 0 for the
+first, and lets the Q newest tokens' V reach all Q queries, as 0 * NaN.
+
 On the CPU (csrc/cpu/flash_decode*) products are in fp32, but for two pairs on a processor with
 AVX512-BF16 and VNNI, both with q in bf16. Over a bf16 cache p is rounded to bf16. Over an int8
 cache q is rounded to 16-bit integers, exact down to a 128th of its row's largest (lse then errs by
@@ -28,7 +32,6 @@ Bytes moved: keys * G * (2 * D * itemsize, + 8 if quantised), plus q, out and ls
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
@@ -53,6 +56,7 @@ from glm4_kernels.library import (
     FLOAT_DTYPES,
     bad_type,
     bad_value,
+    check_fp8,
     error_flag,
     register_op,
 )
@@ -61,6 +65,8 @@ from glm4_kernels.triton_import import tl, triton
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 HEAD_DIMS = (64, 128)
 MIN_PAGE_SIZE = 16
+# Normal numbers of fp32, and so is their product with log2(e).
+LEAST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127
 # enum class CacheFormat in csrc/flash_decode.h; any other dtype is that of q
 CACHE_FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}
 # Arguments of the kernels that have no bearing on how they load: one binary serves all batches.
@@ -96,24 +102,18 @@ def flash_decode_reference(
     out = torch.zeros(rows.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(rows.shape[:3], -torch.inf, dtype=compute, device=q.device)
 
-    for b, n_keys in enumerate(seq_lens.tolist()):
-        if n_keys == 0:
-            continue
-        pages = block_table[b, : -(-n_keys // page_size)].long()
-        k = gather_tokens(k_cache, k_scale, pages, n_keys, compute)
-        v = gather_tokens(v_cache, v_scale, pages, n_keys, compute)
-        grouped = rows[b].unflatten(1, (n_kv_heads, group)).transpose(0, 1).flatten(1, 2)
-
-        s = (grouped.to(compute) @ k.mT * scale).unflatten(1, (n_queries, group))
-        keys = torch.arange(n_keys, device=q.device)
-        hidden = keys > keys.new_tensor(range(n_keys - n_queries, n_keys))[:, None]
-        s.masked_fill_(hidden[:, None], -torch.inf)  # [G, Q, group, n_keys]
-
-        row_lse = s.logsumexp(-1, keepdim=True)
-        p = torch.exp(s - row_lse.clamp(min=torch.finfo(compute).min))
-        row_out = (p.flatten(1, 2) @ v).unflatten(1, (n_queries, group))
-        out[b] = row_out.transpose(0, 1).flatten(1, 2)
-        lse[b] = row_lse.squeeze(-1).transpose(0, 1).flatten(1, 2)
+    for b, length in enumerate(seq_lens.tolist()):
+        pages = block_table[b, : -(-length // page_size)].long()
+        k = gather_tokens(k_cache, k_scale, pages, length, compute)
+        v = gather_tokens(v_cache, v_scale, pages, length, compute)
+        for i, n_keys in enumerate(range(length - n_queries + 1, length + 1)):
+            if n_keys < 1:
+                continue
+            grouped = rows[b, i].unflatten(0, (n_kv_heads, group))
+            s = grouped.to(compute) @ k[:, :n_keys].mT * scale  # [G, group, n_keys]
+            row_lse = s.logsumexp(-1, keepdim=True)
+            out[b, i] = (torch.exp(s - row_lse) @ v[:, :n_keys]).flatten(0, 1)
+            lse[b, i] = row_lse.flatten()
     return out.view(q.shape), lse.view(q.shape[:-1])
 
 
@@ -768,13 +768,10 @@ def check_flash_decode(
         if schedule.dtype != torch.int32:
             raise bad_type(op, "schedule", torch.int32, schedule.dtype)
 
-    if not 0.0 < scale < math.inf:
-        raise bad_value(op, "scale", "positive and finite", scale)
-    if k_cache.dtype == torch.float8_e4m3fn and q.is_cuda and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(q.device)
-        if capability < (8, 9):
-            expected = "int8 or the dtype of q on a GPU older than sm_89"
-            raise bad_type(op, "k_cache", expected, k_cache.dtype)
+    if not LEAST_SCALE <= scale <= LARGEST_SCALE:
+        expected = "positive and finite in float32, from 2^-126 to 2^127"
+        raise bad_value(op, "scale", expected, scale)
+    check_fp8(op, "k_cache", k_cache.dtype, q.device)
     quantized = k_cache.dtype in QUANTIZED_DTYPES
     for name, cache_scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if cache_scale is None:

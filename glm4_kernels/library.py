@@ -13,12 +13,13 @@ ten such calls per layer.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from glm4_kernels.extension import direct_call
 from glm4_kernels.triton_import import HAS_TRITON
@@ -26,6 +27,10 @@ from glm4_kernels.triton_import import HAS_TRITON
 LIBRARY = torch.library.Library("glm4_kernels", "DEF")
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Where the dispatcher enters the innermost transform of torch.func: the last place that sees what
+# this one differentiates.
+TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
 
 # Ops whose index arguments (positions, slots, page ids, lengths) are checked inside the kernel.
 DEVICE_CHECKED = ("rope", "rope_kv_write", "flash_decode")
@@ -39,6 +44,14 @@ def bad_value(op: str, argument: str, expected: object, actual: object) -> Value
 def bad_type(op: str, argument: str, expected: object, actual: object) -> TypeError:
     """The one form of a message about a wrong dtype or Python type."""
     return TypeError(f"{op}: {argument} must be {expected}, got {actual}")
+
+
+def check_fp8(op: str, argument: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises for float8 on a GPU that has none; of a GPU that is not there nothing is known."""
+    if dtype == torch.float8_e4m3fn and device.type == "cuda":
+        with suppress(RuntimeError, AssertionError):  # fake tensors, and no driver
+            if torch.cuda.get_device_capability(device) < (8, 9):
+                raise bad_type(op, argument, "int8 before sm_89", dtype)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -72,7 +85,9 @@ def register_op(
     All callables take the schema's arguments, with the schema's defaults.
 
     Args:
-        schema: the dispatcher's schema, `"name(Tensor x, float eps) -> Tensor"`.
+        schema: the dispatcher's schema, `"name(Tensor x, float eps) -> Tensor"`; the name may end
+            in that of an overload, `name.overload`. An op that writes nothing but optional
+            arguments wants two: Inductor cannot compile a call of it that writes nothing.
         check: raises on wrong ranks, shapes, dtypes, devices; never reads tensor data.
         reference: plain PyTorch; the specification, and the implementation where nothing better is.
         launch: the CUDA implementation; it neither validates nor synchronises.
@@ -82,22 +97,45 @@ def register_op(
         cpu: a compiled CPU implementation, where there is one; it checks values itself.
         launch_needs_triton: false for CUDA kernels of the C++ extension.
     """
-    name = schema.split("(", 1)[0]
-    parameters = tuple(inspect.signature(check).parameters)
+    parsed = torch._C.parse_schema(schema)
+    name, arguments = parsed.name, parsed.arguments
+    written = [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    if written and all(isinstance(a.type, torch.OptionalType) for a in written):
+        raise ValueError(f"{name}: one of what it writes must be a Tensor, got {schema}")
+    qualified = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(getattr(torch.ops.glm4_kernels, name), parsed.overload_name or "default")
 
     def refuse_grad(args: tuple[Any, ...]) -> None:
-        for parameter, arg in zip(parameters, args, strict=False):
-            if isinstance(arg, Tensor) and arg.requires_grad:
+        for argument, arg in zip(arguments, args, strict=False):
+            if isinstance(arg, Tensor) and is_differentiated(arg):
                 raise RuntimeError(
-                    f"{name}: {parameter} requires grad, but this op is for inference only; "
+                    f"{name}: {argument.name} requires grad, but this op is for inference only; "
                     "call it under torch.inference_mode() or torch.no_grad()"
                 )
 
     def admit(args: tuple[Any, ...]) -> None:
         if torch.is_grad_enabled():
             refuse_grad(args)
-        check(*args)
+        try:
+            check(*args)
+        except AttributeError:  # the dispatcher lets None pass for a Tensor
+            for argument, arg in zip(arguments, args, strict=False):
+                if arg is None and isinstance(argument.type, torch.TensorType):
+                    raise bad_type(name, argument.name, "a tensor", None) from None
+            raise
+
+    # Autograd kernels would be passed at every call: the kernels below refuse for themselves, all
+    # but what torch.func has wrapped, which is refused where it is unwrapped.
+    LIBRARY.impl(qualified, torch.library.fallthrough_kernel, "Autograd")
+    unwrap = torch.library.get_kernel(op, TRANSFORMS)
+
+    def run_transformed(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            refuse_grad(args)
+        return unwrap.call_boxed(keyset, *args)
+
+    LIBRARY.impl(qualified, run_transformed, TRANSFORMS, with_keyset=True)
 
     def run_reference(*args: Any) -> Any:
         admit(args)
@@ -110,7 +148,7 @@ def register_op(
             return outputs.contiguous()
         return tuple(output.contiguous() for output in outputs)
 
-    LIBRARY.impl(name, run_reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(qualified, run_reference, "CompositeExplicitAutograd")
 
     if cpu is not None:
 
@@ -118,7 +156,7 @@ def register_op(
             admit(args)
             return cpu(*args)
 
-        LIBRARY.impl(name, direct_call(name, run_cpu), "CPU")
+        LIBRARY.impl(qualified, direct_call(name, run_cpu), "CPU")
 
     if launch is not None and (HAS_TRITON or not launch_needs_triton):
 
@@ -130,14 +168,22 @@ def register_op(
             with torch.cuda.device(index):
                 return launch(*args)
 
-        LIBRARY.impl(name, run_cuda, "CUDA")
+        LIBRARY.impl(qualified, run_cuda, "CUDA")
 
     def run_fake(*args: Any) -> Any:
         admit(args)
         return fake(*args)
 
-    torch.library.register_fake(f"glm4_kernels::{name}", run_fake, lib=LIBRARY)
-    return getattr(torch.ops.glm4_kernels, name).default
+    torch.library.register_fake(f"glm4_kernels::{qualified}", run_fake, lib=LIBRARY)
+    return op
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a gradient or, in forward-mode AD, a tangent is asked of what is made of `tensor`."""
+    if tensor.requires_grad:
+        return True
+    dual = forward_ad._current_level >= 0 and tensor.is_floating_point()
+    return dual and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm4_kernels.library import bad_type, bad_value
+from glm4_kernels.library import bad_type, bad_value, check_fp8
 from glm4_kernels.triton_import import tl, triton
 
 # The largest magnitude that each dtype represents.
@@ -84,9 +84,4 @@ def check_quantize_rows(op: str, x: Tensor, dtype: torch.dtype, group_size: int 
     if group_size is not None and (group_size not in GROUP_SIZES or x.shape[-1] % group_size):
         expected = f"None or one of {GROUP_SIZES} that divides {x.shape[-1]}"
         raise bad_value(op, "group_size", expected, group_size)
-    if (
-        dtype == torch.float8_e4m3fn
-        and x.device.type == "cuda"
-        and torch.cuda.get_device_capability(x.device) < (8, 9)
-    ):
-        raise bad_type(op, "dtype", "int8 before sm_89", dtype)
+    check_fp8(op, "dtype", dtype, x.device)

@@ -252,6 +252,14 @@ _quantized_matmul = register_op(
 )
 
 
+def int8_activation_error(x: Tensor, qweight: QuantizedWeight) -> float:
+    """What int8 activations cost for this x [..., K] on the CPU: |y - y'| / |y'| in L2 norms, where
+    y' has activations="float"."""
+    exact = quantized_matmul(x, qweight, activations="float").double()
+    error = (quantized_matmul(x, qweight, activations="int8").double() - exact).norm().item()
+    return error / exact.norm().item() if error else 0.0
+
+
 def quantized_matmul(
     x: Tensor,
     qweight: QuantizedWeight,
@@ -267,7 +275,10 @@ def quantized_matmul(
         bias: [N], dtype and device of x.
         activations: "float" takes x as it is; "int8" rounds it per row and group first (the module
             says how), which is what runs at the speed of a CPU, and is for the CPU only; None is
-            "int8" on CPU and "float" elsewhere.
+            "int8" on CPU and "float" elsewhere. "int8" loses what is small beside the largest of
+            its group. Random x err by 0.6 % (|y - y'| / |y'|); with one channel of each 64 that is
+            1000 times the others, and weights of 0 for it, by 86 %, with one of 4096 by 11 %.
+            `int8_activation_error` measures it; take "float" where it is too much.
         swiglu: the rows of the weight are gate | up, and silu(gate) * up is returned.
 
     Returns:

@@ -10,8 +10,9 @@ in both: `from_codes` packs it once, `codes` and `dequantize` decode what the ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128, None)
 # K is always a multiple of it.
 BLOCK = 32
+# Names of a `state_dict`.
+STATE = frozenset(("codes", "scale", "zero_point", "order", "form"))
 # Rows of a tile.
 TILE = 16
 # Weights are unpacked this many at a time: 16 MiB of scratch in fp32, whatever the matrix.
@@ -135,6 +138,61 @@ class QuantizedWeight:
             return unpack_rows(self.packed, self.bits), self.scale, self.zero_point
         zero_point = None if self.zero_point is None else separate(self.zero_point, n)
         return unpack_tiles(self.packed, self.bits)[:n], separate(self.scale, n), zero_point
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weight as plain tensors, for `torch.save` and safetensors: row-major, so that another
+        device can read them.
+
+            save_file(qweight.state_dict(), "weight.safetensors")
+            qweight = QuantizedWeight.from_state_dict(load_file("weight.safetensors"))
+
+        `codes`: uint8, [N, K], or of 4 bits [N, K / 2], the first of two in the low half. `scale`:
+        [N, G]. `zero_point`: [N, G], where there is one. `order`: int64 [K], where there is one.
+        `form`: int64, bits and group_size (0 for None).
+        """
+        u, scale, zero_point = self.codes()
+        if self.bits == 4:
+            u = u[:, ::2] | u[:, 1::2] << 4
+        state = {"codes": u, "scale": scale, "zero_point": zero_point, "order": self.order}
+        tensors = {name: t.contiguous() for name, t in state.items() if t is not None}
+        return tensors | {"form": torch.tensor([self.bits, self.group_size or 0], device="cpu")}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> QuantizedWeight:
+        """The weight of `state_dict`, packed for the device that its tensors are on.
+
+        Raises:
+            ValueError, TypeError: a name, shape, dtype or value is not one that `state_dict` gives;
+            the file may be anybody's.
+        """
+        name = "from_state_dict"
+        tensors = dict(state)
+        if not {"codes", "scale", "form"} <= set(tensors) <= STATE:
+            raise bad_value(name, "state", f"of {', '.join(sorted(STATE))}", sorted(tensors))
+        for key, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+                raise bad_type(name, key, "a dense tensor", type(tensor).__name__)
+            if not tensor.is_contiguous():  # a small file could claim any shape
+                raise bad_value(name, key, "contiguous", f"strides {tensor.stride()}")
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise bad_value(name, key, "finite", "NaN or infinity")
+        codes, scale, form = (tensors.pop(key) for key in ("codes", "scale", "form"))
+        if form.shape != (2,) or form.dtype != torch.int64:
+            raise bad_value(name, "form", "int64 [2]", f"{form.dtype} {list(form.shape)}")
+        bits, group_size = form.tolist()
+        if bits not in BITS:
+            raise bad_value(name, "form", "of 4 or 8 bits", bits)
+        if bits == 4:
+            if codes.dtype != torch.uint8 or codes.dim() != 2:
+                raise bad_value(name, "codes", "uint8 [N, K / 2]", f"{codes.dtype} {codes.dim()}-D")
+            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+        return cls.from_codes(
+            *(codes, scale, tensors.get("zero_point"), bits, group_size or None),
+            order=tensors.get("order"),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_state_dict, (self.state_dict(),)
 
     @property
     def nbytes(self) -> int:
@@ -299,6 +357,7 @@ def check_codes(
             raise bad_value(name, "u", "at most 15", largest)
         if order is not None and (
             order.shape != (k,)
+            or order.dtype != torch.int64
             or not torch.equal(order.sort().values, torch.arange(k, device=order.device))
         ):
             raise bad_value(name, "order", f"a permutation of 0 to {k - 1}", "something else")

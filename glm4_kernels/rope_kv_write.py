@@ -27,10 +27,12 @@ from glm4_kernels.library import (
     FLOAT_DTYPES,
     bad_type,
     bad_value,
+    check_fp8,
     error_flag,
     multiprocessor_count,
     register_op,
 )
+from glm4_kernels.overlap import not_apart, overlap
 from glm4_kernels.quantize_rows import QUANTISED_LIMIT
 from glm4_kernels.rope import (
     INDEX_DTYPES,
@@ -365,12 +367,9 @@ def check_rope_kv_write(
     check_written(op, "v_cache", v_cache, k_cache, cache_dtype)
     if k_cache.stride()[3] != 1:
         raise bad_value(op, "k_cache", "contiguous over D", f"strides {k_cache.stride()}")
-    if (
-        cache_dtype == torch.float8_e4m3fn
-        and k_cache.device.type == "cuda"
-        and torch.cuda.get_device_capability(k_cache.device) < (8, 9)
-    ):
-        raise bad_type(op, "k_cache", "int8 or a float dtype before sm_89", cache_dtype)
+    if overlap(k_cache, v_cache):
+        raise not_apart(op, "v_cache", "k_cache")
+    check_fp8(op, "k_cache", cache_dtype, device)
     for name, cache_scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (cache_scale is not None) != quantised:
             expected = f"{'given' if quantised else 'None'} with a cache of {cache_dtype}"
@@ -380,6 +379,8 @@ def check_rope_kv_write(
             raise bad_value(op, "k_scale", list(k_cache.shape[:3]), list(k_scale.shape))
         check_written(op, "k_scale", k_scale, k_scale, torch.float32)
         check_written(op, "v_scale", v_scale, k_scale, torch.float32)
+        if overlap(k_scale, v_scale):
+            raise not_apart(op, "v_scale", "k_scale")
     for name, tensor in (
         ("k_cache", k_cache),
         ("v_cache", v_cache),
@@ -467,7 +468,8 @@ def rope_kv_write(
         table: [max_positions, rotary_dim] from `rope_table`, in the dtype of qkv (rounds as HF) or
             float32 (rounds once).
         k_cache, v_cache: [n_pages, G, page_size, D], written; dtype of qkv, int8 or float8_e4m3fn;
-            of equal strides, contiguous over D; page_size a power of two.
+            of equal strides, contiguous over D, apart in memory (two views of one buffer may be);
+            page_size a power of two.
         slots: [T], int32 or int64: page * page_size + offset, or -1 to write nothing. No slot
             twice in a call: which token wins is undefined.
         n_heads: H.

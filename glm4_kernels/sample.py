@@ -30,6 +30,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -592,14 +594,38 @@ def check_sample(
         raise bad_value("sample", "repetition_penalty", "over 0 and finite", repetition_penalty)
 
 
-_sample = register_op(
-    "sample(Tensor logits, Tensor? uniform=None, Tensor(a!)? seen=None, float temperature=1.0, "
-    "int? top_k=None, float top_p=1.0, float repetition_penalty=1.0) -> Tensor",
-    check=check_sample,
-    reference=sample_reference,
-    launch=launch_sample,
-    cpu=sample_cpu if HAS_EXTENSION else None,
-    fake=lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
+def check_sample_seen(logits: Tensor, uniform: Tensor | None, seen: Tensor, *settings: Any) -> None:
+    if seen is None:
+        raise bad_type("sample", "seen", "a tensor", None)
+    check_sample(logits, uniform, seen, *settings)
+
+
+def check_sample_unseen(
+    logits: Tensor, uniform: Tensor | None = None, seen: None = None, *settings: Any
+) -> None:
+    if seen is not None:
+        raise bad_value("sample", "seen", "None in this overload, unlike sample.seen", "a tensor")
+    check_sample(logits, uniform, None, *settings)
+
+
+def register(schema: str, check: Callable[..., None]) -> Callable[..., Any]:
+    return register_op(
+        f"{schema}, float temperature=1.0, int? top_k=None, float top_p=1.0, "
+        "float repetition_penalty=1.0) -> Tensor",
+        check=check,
+        reference=sample_reference,
+        launch=launch_sample,
+        cpu=sample_cpu if HAS_EXTENSION else None,
+        fake=lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
+    )
+
+
+# Two overloads, so that what is written is always there.
+_sample_seen = register(
+    "sample.seen(Tensor logits, Tensor? uniform, Tensor(a!) seen", check_sample_seen
+)
+_sample = register(
+    "sample(Tensor logits, Tensor? uniform=None, Tensor? seen=None", check_sample_unseen
 )
 
 
@@ -633,4 +659,5 @@ def sample(
     Raises:
         ValueError, TypeError: the message names the argument.
     """
-    return _sample(logits, uniform, seen, temperature, top_k, top_p, repetition_penalty)
+    overload = _sample if seen is None else _sample_seen
+    return overload(logits, uniform, seen, temperature, top_k, top_p, repetition_penalty)

@@ -13,6 +13,7 @@ from glm4_kernels.extension import build_info, extension
 
 
 def test_build_info():
+    extension()
     info = build_info()
     assert set(info) == {
         *("compiler", "sanitize", "cuda", "cuda_architectures"),
@@ -34,11 +35,13 @@ def test_build_info():
 )
 def test_cpu_features_are_the_systems():
     flags = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split()
+    extension()
     names = {"avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
     assert names & set(build_info()["cpu_features"]) == names & set(flags)
 
 
 def cuobjdump(*options: str) -> str:
+    extension()
     if build_info()["cuda"] is None:
         pytest.skip("the extension was built without CUDA")
     triton = pytest.importorskip("triton", reason="its wheel carries cuobjdump")

@@ -101,6 +101,20 @@ def test_counts_out_of_range_reach_nothing(kernel):
     assert now["uniform"] == [0.0] * 3
 
 
+@each_kernel
+def test_the_largest_page_and_count(kernel):
+    """No sum or product leaves its type, but for a count at its largest, which wraps round."""
+    arguments = made([3, 2**31 - 1], max_pages=1)
+    arguments |= {"page_size": 2**31 - 1, "block_table": torch.tensor([[2**31 - 1], [0]]).int()}
+    arguments["positions"] = torch.tensor([5, 2**63 - 1])
+    now = advanced(kernel, arguments)
+    assert now["slots"] == [(2**31 - 1) ** 2 + 6, -2]
+    assert now["positions"] == [6, -(2**63)] and now["seq_lens"] == [4, -(2**31)]
+
+
+TWO, FIVE = torch.zeros(2).long(), torch.zeros(5).long()
+
+
 @pytest.mark.parametrize(
     "error, message, change",
     [
@@ -115,6 +129,14 @@ def test_counts_out_of_range_reach_nothing(kernel):
         (ValueError, r"uniforms must be \[2, columns\]", {"uniforms": torch.ones(3, 5).double()}),
         (ValueError, "block_table must be of", {"block_table": torch.ones(4, 2).int().t()}),
         (ValueError, "page_size must be at least 1", {"page_size": 0}),
+        (ValueError, "page_size must be at least 1 and below 2", {"page_size": 2**31}),
+        (ValueError, "page_size must be at least 1 and below 2", {"page_size": 2**63 - 1}),
+        (
+            ValueError,
+            "positions must be apart from tokens",
+            dict.fromkeys(("tokens", "positions"), TWO),
+        ),
+        (ValueError, "chosen must be apart from results", {"results": FIVE, "chosen": FIVE[3:]}),
     ],
 )
 def test_rejects(error, message, change):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from glm4_kernels.library import raise_device_errors
 
 GARBAGE_PAGE = 2**31 - 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # compiled kernels: bf16 runs anywhere
-VARIANTS = build_info()["flash_decode_variants"]
+VARIANTS = build_info().get("flash_decode_variants", [])
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -820,6 +821,43 @@ def test_cpu_scales_not_finite(variant):
         assert out[0, 0].isfinite().all() and not out[0, 1].isfinite().any()
 
 
+@pytest.mark.parametrize("variant", [*VARIANTS, None])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_hidden_keys_reach_nothing(dtype, cache_dtype, variant):
+    """Not with weight 0 either: 0 * NaN is NaN. None: the reference."""
+    kernel = partial(flash_decode_cpu, variant=variant) if variant else flash_decode_reference
+    p = problem([40, 300, 2], "cpu", heads=(6, 2), queries=4, dtype=dtype, cache_dtype=cache_dtype)
+    right, right_lse = flash_decode_reference(*p.args)
+    for b, length in enumerate(p.seq_lens.tolist()):  # seen by the last query alone
+        spoilt = p.block_table[b, (length - 1) // 64], slice(None), (length - 1) % 64
+        if cache_dtype == torch.int8:
+            p.v_scale[spoilt] = math.nan
+        else:
+            p.v_cache[spoilt] = torch.tensor(math.nan).to(p.v_cache.dtype)
+    out, lse = kernel(*p.args)
+    assert out[:, 3].isnan().all()
+    close = (
+        {"rtol": 0.05, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 2e-3, "atol": 2e-3}
+    )
+    torch.testing.assert_close(out[:, :3], right[:, :3], **close)
+    torch.testing.assert_close(lse, right_lse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_keys_of_infinity_show(dtype, variant):
+    """Scores that are all -inf have no softmax; a row without a score gives 0 as ever."""
+    kernel = partial(flash_decode_cpu, variant=variant) if variant else flash_decode_reference
+    p = problem([70, 2], "cpu", heads=(2, 2), queries=3, dtype=dtype)
+    p = replace(p, q=torch.ones_like(p.q))
+    p.k_cache[..., 0] = -math.inf
+    out, lse = kernel(*p.args)
+    assert (lse == -math.inf).all()
+    assert (out[1, 0] == 0).all()
+    assert out[0].isnan().all() and out[1, 1:].isnan().all()
+
+
 def test_cpu_sees_every_float8():
     """k = 0 and one key: out is v. Every finite number, subnormals too, and NaN."""
     values = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn)
@@ -975,6 +1013,10 @@ def cache(*shape, dtype=torch.float32, device="cpu") -> Tensor:
         (ValueError, r"seq_lens must be \[1\]", {"seq_lens": cache(2).int()}),
         (TypeError, r"seq_lens must be torch.int32", {"seq_lens": cache(1).long()}),
         (ValueError, r"scale must be positive", {"scale": math.nan}),
+        (ValueError, r"scale must be positive and finite in float32", {"scale": 1e-320}),
+        (ValueError, r"scale must be positive and finite in float32", {"scale": 2.0**-127}),
+        (ValueError, r"scale must be positive and finite in float32", {"scale": 3e38}),
+        (ValueError, r"scale must be positive and finite in float32", {"scale": 1e300}),
         (ValueError, r"k_scale must be None with", {"k_scale": cache(3, 2, 64)}),
         (ValueError, r"k_scale must be given with", {"quantized": True, "k_scale": None}),
         (ValueError, r"v_scale must be given with", {"quantized": True, "v_scale": None}),

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import glm4_kernels as gk
+from glm4_kernels.library import register_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
@@ -24,7 +26,8 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Example:
-    """Arguments of `torch.ops.glm4_kernels.<op>`, made afresh at each call."""
+    """Arguments of `torch.ops.glm4_kernels.<op>`, or of its overload `<op>.<name>`, made afresh at
+    each call."""
 
     op: str
     label: str
@@ -35,8 +38,18 @@ class Example:
         return f"{self.op}, {self.label}"
 
     @property
+    def name(self) -> str:
+        return self.op.partition(".")[0]
+
+    @property
+    def public(self) -> Callable[..., Any]:
+        """The op through its public function, with the op's arguments."""
+        return PUBLIC.get(self.name, getattr(gk, self.name))
+
+    @property
     def overload(self) -> Any:
-        return getattr(torch.ops.glm4_kernels, self.op).default
+        overload = self.op.partition(".")[2] or "default"
+        return getattr(getattr(torch.ops.glm4_kernels, self.name), overload)
 
     def arguments(self, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
         if device.type not in self.devices:
@@ -195,7 +208,8 @@ EXAMPLES = [
     Example("merge_attention", "an empty side", merge_attention),
     Example("sample", "greedy", sample(False, False)),
     Example("sample", "drawn", sample(True, False)),
-    Example("sample", "all", sample(True, True, 0.7, 20, 0.9, 1.2)),
+    Example("sample.seen", "greedy", sample(False, True)),
+    Example("sample.seen", "all", sample(True, True, 0.7, 20, 0.9, 1.2)),
     Example("decode_advance", "a running row, one at its end, padding", decode_advance),
     Example("quantized_matmul", "int4", quantized_matmul(4, 32, True, True, False)),
     Example(
@@ -229,7 +243,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remov
 
 def test_every_op_has_an_example():
     registered = {
-        name.removeprefix("glm4_kernels::").partition(".")[0]
+        name.removeprefix("glm4_kernels::")
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("glm4_kernels::")
     }
@@ -245,11 +259,10 @@ def test_opcheck(example, dtype, device):
 @each_example
 def test_compiles_without_a_graph_break(example, device):
     """Through the public function, between other operations, inputs written in place included."""
-    public = PUBLIC.get(example.op, getattr(gk, example.op))
 
     def step(*arguments):
         first = arguments[0] * 2
-        return [x.float() + 1 for x in tensors(public(first, *arguments[1:]))]
+        return [x.float() + 1 for x in tensors(example.public(first, *arguments[1:]))]
 
     eager_arguments = example.arguments(torch.float32, device)
     compiled_arguments = example.arguments(torch.float32, device)
@@ -300,9 +313,103 @@ def test_refuses_gradients(example, device):
             wanted = argument.detach().requires_grad_()
             changed = (*arguments[:index], wanted, *arguments[index + 1 :])
             with pytest.raises(
-                RuntimeError, match=f"^{example.op}: {parameter.name} requires grad"
+                RuntimeError, match=f"^{example.name}: {parameter.name} requires grad"
             ):
                 example.overload(*changed)
+
+
+def floats(example, device):
+    """What of its arguments could be differentiated: (position, name, argument)."""
+    arguments = example.arguments(torch.float32, device)
+    parameters = example.overload._schema.arguments[: len(arguments)]
+    for index, (parameter, argument) in enumerate(zip(parameters, arguments, strict=True)):
+        if isinstance(argument, Tensor) and argument.is_floating_point():
+            yield index, parameter.name, argument.contiguous()
+
+
+def forward_dual(f, x):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+DIFFERENTIATED = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(x[None]),
+    "grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.func.vmap(f)(x[None]).sum())(x),
+    "forward mode": forward_dual,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", DIFFERENTIATED)
+@each_example
+def test_refuses_to_be_differentiated(example, transform, device):
+    """Where a zero for a gradient would be silent; under no_grad there is none to be had."""
+    written = [a for a in example.overload._schema.arguments if a.alias_info is not None]
+    if "vmap" in transform and written:
+        pytest.skip("what an op writes cannot be a batch (test_vmap)")
+    for index, name, argument in floats(example, device):
+        arguments = example.arguments(torch.float32, device)
+
+        def call(x, index=index, arguments=arguments):
+            changed = (*arguments[:index], x, *arguments[index + 1 :])
+            outputs = tensors(example.overload(*changed))
+            return sum(output.float().sum() for output in outputs) + x.sum()
+
+        def call_without_grad(x, call=call):
+            with torch.no_grad():
+                return call(x)
+
+        refused = f"^{example.name}: {name} requires grad, but this op is for inference only"
+        with pytest.raises(RuntimeError, match=refused):
+            DIFFERENTIATED[transform](call, argument)
+        if transform != "forward mode":
+            continue
+        DIFFERENTIATED[transform](call_without_grad, argument)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@each_example
+def test_vmap(example, device):
+    """Gives what a loop gives, or says that it cannot."""
+    written = [a for a in example.overload._schema.arguments if a.alias_info is not None]
+    for index, _, argument in floats(example, device):
+        if argument.numel() == 0:
+            continue
+        batch = torch.stack((argument, argument / 2))
+        arguments = example.arguments(torch.float32, device)
+
+        def call(x, index=index, arguments=arguments):
+            changed = (*arguments[:index], x, *arguments[index + 1 :])
+            return tuple(tensors(example.overload(*changed)))
+
+        if written:
+            with pytest.raises(RuntimeError, match=r"^Batching rule not implemented"):
+                torch.func.vmap(call)(batch)
+            continue
+        expected = [torch.stack(outputs) for outputs in zip(*map(call, batch), strict=True)]
+        assert_equal(tensors(torch.func.vmap(call)(batch)), expected)
+
+
+@each_example
+def test_compiled_without_grad_takes_parameters(example, device):
+    """And refuses them with it, as it does uncompiled."""
+    arguments = [
+        torch.nn.Parameter(a) if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in example.arguments(torch.float32, device)
+    ]
+    expected = example.arguments(torch.float32, device)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *given: example.public(*given), backend="aot_eager")
+    if any(isinstance(a, torch.nn.Parameter) for a in arguments):
+        with pytest.raises(RuntimeError, match=f"{example.name}: \\w+ requires grad"):
+            compiled(*arguments)
+    with torch.no_grad():
+        assert_equal(tensors(compiled(*arguments)), tensors(example.public(*expected)))
 
 
 @each_example
@@ -324,26 +431,35 @@ def test_the_op_checks_what_it_is_called_with(example, device):
         if not isinstance(argument, Tensor):
             continue
         wrong = (*arguments[:index], argument.to(torch.complex64), *arguments[index + 1 :])
-        with pytest.raises(TypeError, match=f"^{example.op}: \\w+ must be .*, got "):
+        with pytest.raises(TypeError, match=f"^{example.name}: \\w+ must be .*, got "):
             example.overload(*wrong)
         mode = FakeTensorMode()
         fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in wrong]
-        with mode, pytest.raises(TypeError, match=f"^{example.op}: \\w+ must be .*, got "):
+        with mode, pytest.raises(TypeError, match=f"^{example.name}: \\w+ must be .*, got "):
             example.overload(*fakes)
         elsewhere = (*arguments[:index], argument.to("meta"), *arguments[index + 1 :])
         if sum(isinstance(a, Tensor) for a in arguments) > 1:
-            with pytest.raises(ValueError, match=f"^{example.op}: \\w+ must be on \\w+.*, got "):
+            with pytest.raises(ValueError, match=f"^{example.name}: \\w+ must be on \\w+.*, got "):
                 example.overload(*elsewhere)
 
 
-def test_inductor_keeps_the_cache_write(device):
-    """The one op that writes its inputs, through the default compiler's functionalisation."""
-    example = next(e for e in EXAMPLES if e.op == "rope_kv_write")
-    eager, compiled = (example.arguments(torch.float32, device) for _ in range(2))
-    torch._dynamo.reset()
-    step = torch.compile(lambda *arguments: gk.rope_kv_write(*arguments) * 2, fullgraph=True)
-    assert_equal([step(*compiled)], [gk.rope_kv_write(*eager) * 2])
-    assert_equal(tensors(compiled), tensors(eager))
+@each_example
+def test_names_a_tensor_that_is_none(example, device):
+    """The dispatcher lets None pass for a Tensor."""
+    arguments = example.arguments(torch.float32, device)
+    for index, parameter in enumerate(example.overload._schema.arguments[: len(arguments)]):
+        if isinstance(parameter.type, torch.TensorType):
+            missing = (*arguments[:index], None, *arguments[index + 1 :])
+            expected = f"^{example.name}: {parameter.name} must be a tensor, got None$"
+            with pytest.raises(TypeError, match=expected):
+                example.overload(*missing)
+
+
+def test_an_op_writes_something_at_every_call():
+    """Inductor cannot compile a call that writes nothing of an op that may."""
+    optional = {"check": rows, "reference": rows, "launch": None, "fake": rows}
+    with pytest.raises(ValueError, match="one of what it writes must be a Tensor"):
+        register_op("writes_nothing(Tensor x, Tensor(a!)? y=None) -> Tensor", **optional)
 
 
 def tensors(values: Any) -> list[Tensor]:

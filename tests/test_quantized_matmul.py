@@ -17,7 +17,7 @@ from numerics import assert_bitwise_equal, assert_within_rule
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import glm4_kernels as gk
-from glm4_kernels.extension import DTYPE_CODES, buffer, build_info, direct_call, extension
+from glm4_kernels.extension import DTYPE_CODES, buffer, direct_call, extension
 from glm4_kernels.quantized_matmul import (
     check_quantized_matmul,
     launch_quantized_matmul,
@@ -175,7 +175,7 @@ def test_activations_are_rounded_like_the_reference():
     x = torch.cat((ties * step, random, torch.zeros(1, 32)))
     q, scale = quantize_activations(x, None)
     assert q.abs().max() == 127 and (q[0, :31] % 2 == 0).all()  # halves go to the even side
-    for variant in build_info()["cpu_variants"]:
+    for variant in extension().build_info()["cpu_variants"]:
         weight = identity(32)
         form = (weight.packed, weight.scale, None, None, 32, 8, None)
         y = launch_quantized_matmul(x, *form, True, False, variant=variant)
@@ -281,7 +281,7 @@ def test_threads_and_variants_change_no_bit(mode):
         try:
             for n_threads in (1, 2, 7):  # 7: more than the machine has
                 torch.set_num_threads(n_threads)
-                for variant in build_info()["cpu_variants"]:
+                for variant in extension().build_info()["cpu_variants"]:
                     form = (mode == "int8", case[1] % 32 == 0)
                     results.append(launch_quantized_matmul(*arguments, *form, variant=variant))
         finally:
@@ -606,7 +606,22 @@ def test_the_extension_survives_any_argument(data):
     arguments = (
         *(buffer(t) if t.numel() else (0, 0) for t in memory.values()),
         *(*dtypes, m, n, k, bits, group, draw(st.sampled_from([0, 32, 64, 128, 33, -1])), swiglu),
-        *(draw(st.integers(-1, 3)), draw(st.sampled_from(["", *build_info()["cpu_variants"]]))),
+        *(
+            draw(st.integers(-1, 3)),
+            draw(st.sampled_from(["", *extension().build_info()["cpu_variants"]])),
+        ),
     )
     with contextlib.suppress(ValueError):
         extension().quantized_matmul_cpu(*arguments)
+
+
+@pytest.mark.parametrize("step, expected", [(None, 0.006), (64, 0.86), (4096, 0.11)])
+def test_int8_activation_error(step, expected):
+    """The figures of `quantized_matmul`: every so many channels one 1000 times the others."""
+    weight, x = torch.randn(512, 4096), torch.randn(64, 4096)
+    if step:
+        weight[:, ::step] = 0
+        x[:, ::step] *= 1000
+    error = gk.int8_activation_error(x, gk.quantize(weight, 4, 64))
+    assert error == pytest.approx(expected, rel=0.15)
+    assert gk.int8_activation_error(torch.zeros(1, 4096), gk.quantize(weight, 4, 64)) == 0.0

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import copy
 import mmap
+import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from glm4_kernels.huge_pages import HUGE_PAGE
 from glm4_kernels.quantized_weight import (
@@ -109,6 +111,7 @@ def test_an_order_that_changes_nothing_is_dropped():
         (ValueError, r"scale must be on cpu", {"scale": torch.ones(3, 2, device="meta")}),
         (ValueError, r"order must be a permutation", {"order": torch.zeros(64).long()}),
         (ValueError, r"order must be a permutation", {"order": torch.arange(63)}),
+        (ValueError, r"order must be a permutation", {"order": torch.arange(64).int()}),
     ],
 )
 def test_rejects(error, message, change):
@@ -121,3 +124,82 @@ def test_rejects(error, message, change):
     }
     with pytest.raises(error, match=f"^from_codes: {message}"):
         QuantizedWeight.from_codes(**(arguments | change))
+
+
+FORMS = [(4, 32), (4, 64), (4, 128), (4, None), (8, 32), (8, 64), (8, 128), (8, None)]
+
+
+def weight_of(bits, group_size, zero_dtype=None, ordered=False):
+    u = torch.randint(0, 2**bits, (37, 384), dtype=torch.uint8)
+    scale = torch.randn(37, 384 // (group_size or 384)).bfloat16()
+    zero_point = None if zero_dtype is None else (torch.rand(scale.shape) * 15).to(zero_dtype)
+    order = torch.randperm(384) if ordered else None
+    return QuantizedWeight.from_codes(u, scale, zero_point, bits, group_size, order)
+
+
+def assert_same(a, b):
+    assert (a.bits, a.group_size, a.shape) == (b.bits, b.group_size, b.shape)
+    for x, y in zip((*a.codes(), a.order), (*b.codes(), b.order), strict=True):
+        assert (x is None and y is None) or (x.dtype == y.dtype and torch.equal(x, y))
+    assert torch.equal(a.packed, b.packed)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("zero_dtype", [None, torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("bits, group_size", FORMS)
+def test_files_give_the_weight_back(bits, group_size, zero_dtype, ordered, tmp_path):
+    weight = weight_of(bits, group_size, zero_dtype, ordered)
+    save_file(weight.state_dict(), tmp_path / "weight.safetensors")
+    torch.save(weight.state_dict(), tmp_path / "weight.pt")
+    loaded = [load_file(tmp_path / "weight.safetensors"), torch.load(tmp_path / "weight.pt")]
+    for state in loaded:
+        assert_same(QuantizedWeight.from_state_dict(state), weight)
+    assert_same(pickle.loads(pickle.dumps(weight)), weight)
+
+
+def test_a_state_is_row_major():
+    """Of no device's layout: two codes a byte, the first in the low half."""
+    weight = weight_of(4, 32)
+    state = weight.state_dict()
+    u = weight.codes()[0]
+    assert torch.equal(state["codes"] & 15, u[:, ::2])
+    assert torch.equal(state["codes"] >> 4, u[:, 1::2])
+    assert state["form"].tolist() == [4, 32] and set(state) == {"codes", "scale", "form"}
+
+
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (ValueError, "state must be of codes, form, order, scale, zero_point", {"more": 1}),
+        (ValueError, "state must be of codes, form", {"scale": None}),
+        (TypeError, "codes must be a dense tensor, got str", {"codes": "weights"}),
+        (TypeError, "codes must be a dense tensor", {"codes": torch.zeros(2, 32, device="meta")}),
+        (TypeError, "codes must be a dense tensor", {"codes": torch.zeros(2, 32).to_sparse()}),
+        (
+            ValueError,
+            "codes must be contiguous",
+            {"codes": torch.zeros(1, 1, dtype=torch.uint8).expand(2**20, 2**20)},
+        ),
+        (ValueError, r"codes must be uint8 \[N, K / 2\]", {"codes": torch.zeros(2, 32)}),
+        (ValueError, r"codes must be uint8 \[N, K / 2\]", {"codes": torch.zeros(2).byte()}),
+        (ValueError, "scale must be finite", {"scale": torch.full((2, 2), torch.nan)}),
+        (ValueError, "zero_point must be finite", {"zero_point": torch.full((2, 2), torch.inf)}),
+        (ValueError, r"form must be int64 \[2\]", {"form": torch.tensor([4])}),
+        (ValueError, r"form must be int64 \[2\]", {"form": torch.tensor([4.0, 32.0])}),
+        (ValueError, "form must be of 4 or 8 bits, got 3", {"form": torch.tensor([3, 32])}),
+        (ValueError, "group_size must be 32", {"form": torch.tensor([4, 2**40])}),
+        (ValueError, "group_size must be 32", {"form": torch.tensor([4, -1])}),
+        (ValueError, r"scale must be \[2, 1\]", {"form": torch.tensor([4, 0])}),
+        (ValueError, r"scale must be \[2, 2\]", {"scale": torch.ones(2, 3)}),
+        (TypeError, "scale must be float32", {"scale": torch.ones(2, 2).double()}),
+        (ValueError, "order must be a permutation", {"order": torch.zeros(64).long()}),
+        (ValueError, "order must be a permutation", {"order": torch.arange(64).float()}),
+    ],
+)
+def test_rejects_a_state(error, message, change):
+    good = QuantizedWeight.from_codes(
+        torch.zeros(2, 64, dtype=torch.uint8), torch.ones(2, 2), None, 4, 32
+    ).state_dict()
+    state = {name: t for name, t in (good | change).items() if t is not None}
+    with pytest.raises(error, match=f"^from_(state_dict|codes): {message}"):
+        QuantizedWeight.from_state_dict(state)

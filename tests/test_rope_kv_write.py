@@ -322,7 +322,30 @@ def test_masks_a_bad_index(argument, value, device):
         raise_device_errors(device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, INT8])
+@pytest.mark.parametrize("dim", range(4))
+def test_views_of_one_buffer(dim, dtype):
+    """K and V in turn: all of them, or those of each page, head or token."""
+    pages, scales = [3, 2, 4, 32], [3, 2, 4]
+    pages.insert(dim, 2), scales.insert(dim, 2)
+    given = {"qkv": torch.randn(3, 256), "positions": torch.arange(3), "n_heads": 4}
+    given |= {"table": torch.ones(9, 16), "slots": torch.tensor([0, 7, 9])}
+    pairs = {"k_cache, v_cache": torch.zeros(pages, dtype=dtype)}
+    if dtype == INT8:
+        pairs["k_scale, v_scale"] = torch.zeros(scales)
+    views = {
+        name: both.select(dim, i)
+        for names, both in pairs.items()
+        for i, name in enumerate(names.split(", "))
+    }
+    alone = {name: view.clone() for name, view in views.items()}
+    assert_bitwise_equal(gk.rope_kv_write(**given, **views), gk.rope_kv_write(**given, **alone))
+    for name, view in views.items():
+        assert_bitwise_equal(view, alone[name])
+
+
 CACHE, SCALE = torch.ones(2, 2, 4, 32), torch.ones(2, 2, 4)
+THREE, WIDE = torch.ones(3, 2, 4, 32), torch.ones(2, 2, 4, 64)
 
 
 @pytest.mark.parametrize(
@@ -380,6 +403,21 @@ CACHE, SCALE = torch.ones(2, 2, 4, 32), torch.ones(2, 2, 4)
             r"k_scale must be None with a cache of torch.float32, got a tensor",
             {"k_scale": SCALE},
         ),
+        (
+            ValueError,
+            r"v_cache must be apart from k_cache in memory, got a tensor that overlaps it",
+            {"k_cache": CACHE, "v_cache": CACHE},
+        ),
+        (
+            ValueError,
+            r"v_cache must be apart from k_cache",
+            {"k_cache": THREE[:2], "v_cache": THREE[1:]},
+        ),
+        (
+            ValueError,
+            r"v_cache must be apart from k_cache",
+            {"k_cache": WIDE[..., :32], "v_cache": WIDE[..., 31:63]},
+        ),
     ],
 )
 def test_rejects(error, message, change):
@@ -412,6 +450,11 @@ def test_rejects(error, message, change):
             dict.fromkeys(("k_scale", "v_scale"), SCALE[:1, :1, :1].expand(2, 2, 4)),
         ),
         (ValueError, r"v_scale must be of strides", {"v_scale": SCALE.mT.contiguous().mT}),
+        (
+            ValueError,
+            r"v_scale must be apart from k_scale",
+            dict.fromkeys(("k_scale", "v_scale"), SCALE),
+        ),
         (ValueError, r"k_scale must be on cpu", {"k_scale": SCALE.to("meta")}),
         (TypeError, r"v_cache must be torch.int8", {"v_cache": CACHE}),
     ],

@@ -13,6 +13,7 @@ void decode_advance_cpu(Buffer tokens, Buffer positions, Buffer seq_lens, Buffer
     checks.size("n_rows", n_rows);
     checks.size("n_flags", n_flags);
     checks.require(page_size >= 1, "page_size must be at least 1");
+    checks.size("page_size", page_size);
     for (const Buffer& numbers : {tokens, positions, slots, n_drawn, chosen, uniform}) {
         checks.room<1>("a tensor of rows", numbers, {n_rows}, {1}, 8);
     }
@@ -25,15 +26,18 @@ void decode_advance_cpu(Buffer tokens, Buffer positions, Buffer seq_lens, Buffer
     const auto longs = [](Buffer buffer) { return reinterpret_cast<int64_t*>(buffer.first); };
     const auto ints = [](Buffer buffer) { return reinterpret_cast<int32_t*>(buffer.first); };
     const auto doubles = [](Buffer buffer) { return reinterpret_cast<double*>(buffer.first); };
+    const auto next = [](int64_t count, bool running) {  // the largest wraps round
+        return int64_t(uint64_t(count) + running);
+    };
     std::copy_n(ints(flags), n_flags, longs(results));
     std::copy_n(longs(chosen), n_rows, longs(results) + n_flags);
     for (int64_t row = 0; row < n_rows; ++row) {
         int64_t &position = longs(positions)[row], &drawn = longs(n_drawn)[row];
         const bool running = ints(seq_lens)[row] > 0;
         longs(tokens)[row] = std::max<int64_t>(longs(chosen)[row], 0);
-        position += running;
-        drawn += running;
-        ints(seq_lens)[row] += running;
+        position = next(position, running);
+        drawn = next(drawn, running);
+        ints(seq_lens)[row] = int32_t(next(ints(seq_lens)[row], running));
 
         const int64_t column = position / page_size;
         int64_t page = -1;

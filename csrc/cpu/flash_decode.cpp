@@ -5,6 +5,7 @@
 #include "flash_decode.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 
@@ -71,10 +72,7 @@ static char* workspace(int64_t bytes) {
     return memory.get() + (-address % ALIGNMENT);
 }
 
-void flash_decode_cpu(const FlashDecode& p, int n_threads, const std::string& variant_name) {
-    const FlashDecodeLoops& loops = variant_named(variant_name).select(p);
-    if (p.batch == 0) return;
-
+static void attend_all(const FlashDecode& p, const FlashDecodeLoops& loops, int n_threads) {
     std::vector<Split> splits;
     std::vector<int64_t> first_split;  // of each sequence and KV head
     int64_t n_keys = 0;
@@ -125,6 +123,75 @@ void flash_decode_cpu(const FlashDecode& p, int n_threads, const std::string& va
                     partials + first_split[head] * partial_size,
                     first_split[head + 1] - first_split[head]);
     });
+}
+
+// Whether `count` values of dtype T have an exponent of ones.
+template <typename T>
+static bool any_not_finite(const char* values, T exponent, int64_t count) {
+    bool found = false;
+    for (int64_t i = 0; i < count; ++i) {
+        T bits;
+        memcpy(&bits, values + i * int64_t(sizeof(T)), sizeof(T));
+        found |= (bits & exponent) == exponent;
+    }
+    return found;
+}
+
+static bool any_not_finite(const FlashDecode& p, const char* values, int64_t count) {
+    if (p.format == CacheFormat::int8) return false;
+    if (p.format == CacheFormat::float8_e4m3) return any_not_finite<uint8_t>(values, 0x7f, count);
+    if (p.dtype == DType::float32) return any_not_finite<uint32_t>(values, 0x7f800000, count);
+    return any_not_finite<uint16_t>(values, p.dtype == DType::bfloat16 ? 0x7f80 : 0x7c00, count);
+}
+
+// Whether a value that one of the sequence's queries must not see could still reach it: its weight
+// is 0, but 0 * NaN is NaN.
+static bool hides_not_finite(const FlashDecode& p, int64_t batch) {
+    const int64_t length = p.seq_lens[batch];
+    for (int64_t key = std::max<int64_t>(length - p.n_queries + 1, 0); key < length; ++key) {
+        const int64_t token = key % p.page_size;
+        const int64_t page = p.block_table[batch * p.stride_block_table + key / p.page_size];
+        for (int64_t g = 0; g < p.n_kv_heads; ++g) {
+            const int64_t at = page * p.stride_v[0] + g * p.stride_v[1] + token * p.stride_v[2];
+            const char* row = static_cast<const char*>(p.v) + at * cache_item_bytes(p);
+            if (any_not_finite(p, row, p.head_dim)) return true;
+            if (p.format == CacheFormat::as_q) continue;
+            const float* scale =
+                p.v_scale + page * p.stride_v_scale[0] + g * p.stride_v_scale[1] + token;
+            if (any_not_finite<uint32_t>(reinterpret_cast<const char*>(scale), 0x7f800000, 1)) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+// Query `i` of a sequence as a problem of its own: of its `length` keys it sees all.
+static FlashDecode one_query(const FlashDecode& p, int64_t batch, int64_t i,
+                             const int32_t* length) {
+    FlashDecode one = p;
+    const int64_t row = (batch * p.n_queries + i) * p.n_heads, item = size_of(p.dtype);
+    one.batch = one.n_queries = 1;
+    one.out = static_cast<char*>(p.out) + row * p.head_dim * item;
+    one.lse = p.lse + row;
+    one.q = static_cast<const char*>(p.q) + (batch * p.stride_q[0] + i * p.stride_q[1]) * item;
+    one.block_table = p.block_table + batch * p.stride_block_table;
+    one.seq_lens = length;
+    return one;
+}
+
+void flash_decode_cpu(const FlashDecode& p, int n_threads, const std::string& variant) {
+    const FlashDecodeLoops& loops = variant_named(variant).select(p);
+    if (p.batch == 0) return;
+    attend_all(p, loops, n_threads);
+    for (int64_t b = 0; p.n_queries > 1 && b < p.batch; ++b) {
+        if (!hides_not_finite(p, b)) continue;
+        for (int64_t i = 0; i < p.n_queries; ++i) {
+            const int32_t length =
+                std::max<int32_t>(p.seq_lens[b] - int32_t(p.n_queries - 1 - i), 0);
+            attend_all(one_query(p, b, i, &length), loops, n_threads);
+        }
+    }
 }
 
 }  // namespace glm4

@@ -334,9 +334,15 @@ static void merge_rows(const FlashDecode& p, const void* packed, int64_t batch, 
         }
         store_lanes(total, sum);
     };
+    // Scores that are all -inf have no softmax: NaN. No score at all gives 0.
+    const auto inverse_of = [&](int64_t row, float sum) {
+        if (sum != 0.0f) return 1.0f / sum;
+        const bool sees_keys = p.seq_lens[batch] - p.n_queries + row / group_of(p) >= 0;
+        return sees_keys ? __builtin_nanf("") : 0.0f;
+    };
     const auto combine = [&](int64_t row, int lane) {
         const float* acc = partials + 2 * padded + (row + lane) * p.head_dim;
-        const float inverse = total[lane] == 0.0f ? 0.0f : 1.0f / total[lane];
+        const float inverse = inverse_of(row + lane, total[lane]);
         for (int64_t d = 0; d < p.head_dim; d += 4 * LANES) {
             Lanes sum[4] = {};
             for (int64_t i = 0; i < n_splits; ++i) {
