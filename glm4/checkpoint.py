@@ -32,12 +32,13 @@ from glm4.quantization_policy import LINEAR, Policy, policy_of, preparer
 from glm4.quantized_checkpoint import QuantizedPart, find_part, is_idle_bias, read_quantized
 from glm4.tensor_files import STORED_DTYPES, CheckpointError, Stored, find_tensors, read_json
 from glm4_kernels.huge_pages import zeros_in_huge_pages
-from glm4_kernels.library import bad_value
+from glm4_kernels.library import bad_value, without_autocast
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @torch.no_grad()
+@without_autocast
 def load(
     path_or_repo: str | os.PathLike[str],
     device: str | torch.device = "auto",
@@ -152,7 +153,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (resolved.index or 0) >= n_devices:
         raise bad_value("load", "device", f"one of {n_devices} CUDA devices", repr(str(device)))
-    return torch.empty(0, device=resolved).device  # with its index
+    return torch.empty(0, dtype=torch.uint8, device=resolved).device  # with its index
 
 
 # What each of our tensors is called: by transformers, by the remote code. `{}` is the layer; more

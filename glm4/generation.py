@@ -12,7 +12,9 @@ pages of a sequence that left serve the next one, whatever is still in flight.
 
 from __future__ import annotations
 
+import numbers
 import re
+import reprlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 # Of the memory that is free, for the cache; the rest is for activations and logits.
 CACHE_SHARE = 0.9
+
+on_host = partial(torch.tensor, dtype=torch.int64, device="cpu")
 
 # Decode steps launched before the tokens of the one before are read, and tokens of a prompt that
 # one forward pass takes, by type of device. Not measured yet.
@@ -99,49 +104,63 @@ def stream(
         prefill_chunk = PREFILL_CHUNK[model.device.type]
     if stop_token_ids is None:
         stop_token_ids = config.eos_token_ids
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("prefill_chunk", prefill_chunk),
-        ("max_batch", max_batch),
-        ("n_pages", 1 if n_pages is None else n_pages),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise bad_type("generate", name, "an integer", repr(value))
-        if value < 1:
-            raise bad_value("generate", name, "at least 1", value)
+    max_new_tokens = _count("max_new_tokens", max_new_tokens)
+    prefill_chunk = _count("prefill_chunk", prefill_chunk)
+    max_batch = _count("max_batch", max_batch)
+    n_pages = None if n_pages is None else _count("n_pages", n_pages)
     stops = frozenset(_token_ids("stop_token_ids", stop_token_ids, config.vocab).tolist())
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
-        raise bad_type("generate", "prompts", "a list of lists of ids", type(prompts).__name__)
-    waiting = []
-    for index, prompt in enumerate(prompts):
-        name = f"prompts[{index}]"
-        ids = _token_ids(name, prompt, config.vocab)
-        if len(ids) == 0:
-            raise bad_value("generate", name, "at least one token", "an empty list")
-        waiting.append((index, ids))
+    waiting = list(enumerate(_prompt_ids(prompts, config.vocab)))
     lengths = [len(ids) for _, ids in waiting]
     n_pages = _plan_pages(model, lengths, max_new_tokens, n_pages, max_batch)
     engine = _Engine(model, sampling, stops, max_new_tokens, prefill_chunk, on_prefill, on_warmup)
     return engine.run(deque(waiting), n_pages, min(max_batch, len(waiting)))
 
 
+def _count(name: str, value: object) -> int:
+    """A number of tokens, sequences or pages, of any integer type."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise bad_type("generate", name, "an integer", repr(value))
+    if value < 1:
+        raise bad_value("generate", name, "at least 1", value)
+    return int(value)
+
+
+def _prompt_ids(prompts: Iterable[Sequence[int]], vocab_size: int) -> list[Tensor]:
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+        raise bad_type("generate", "prompts", "a list of lists of ids", type(prompts).__name__)
+    found = []
+    for index, prompt in enumerate(prompts):
+        name = f"prompts[{index}]"
+        if isinstance(prompt, numbers.Integral) or getattr(prompt, "ndim", None) == 0:
+            whole = reprlib.repr(prompts) if isinstance(prompts, (list, tuple)) else "prompt"
+            actual = f"{prompt}; wrap one prompt in a list: [{whole}]"
+            raise bad_type("generate", name, "a list of token ids", actual)
+        ids = _token_ids(name, prompt, vocab_size)
+        if len(ids) == 0:
+            raise bad_value("generate", name, "at least one token", "an empty list")
+        found.append(ids)
+    return found
+
+
 def _token_ids(name: str, ids: object, vocab_size: int) -> Tensor:
-    """[T] int64 on the CPU."""
-    if isinstance(ids, (str, bytes)):
-        raise bad_type("generate", name, "a list of token ids", type(ids).__name__)
+    """[T] int64 on the CPU, of integers in whatever holds them."""
+    actual = type(ids).__name__ if isinstance(ids, (str, bytes)) else reprlib.repr(ids)
+    if isinstance(ids, Tensor):
+        actual = f"{ids.dtype} {list(ids.shape)}"
+        ids = None if ids.is_floating_point() else ids.numpy(force=True)
     try:
-        tensor = torch.as_tensor(ids).cpu()
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise bad_type("generate", name, "a list of token ids", type(ids).__name__) from None
-    if tensor.numel() == 0 and tensor.dim() == 1:
-        return tensor.long()
-    if tensor.dim() != 1 or tensor.dtype not in (torch.int64, torch.int32):
-        actual = f"{tensor.dtype} {list(tensor.shape)}"
+        array = numpy.asarray(ids)
+    except ValueError:  # rows of several lengths
+        array = numpy.asarray(None)
+    if array.dtype.kind == "f":  # numpy's type for none, and for some on both sides of 2^63
+        array = numpy.asarray(ids, dtype=object)
+    whole = array.dtype.kind in "iu" or all(isinstance(x, numbers.Integral) for x in array.flat)
+    if array.ndim != 1 or array.dtype.kind == "b" or not whole:
         raise bad_type("generate", name, "a list of token ids", actual)
-    outside = tensor[(tensor < 0) | (tensor >= vocab_size)]
+    outside = array[(array < 0) | (array >= vocab_size)]
     if len(outside):
-        raise bad_value("generate", name, f"token ids in [0, {vocab_size})", outside[0].item())
-    return tensor.long()
+        raise bad_value("generate", name, f"token ids in [0, {vocab_size})", outside[0])
+    return torch.from_numpy(array.astype(numpy.int64))
 
 
 def _plan_pages(
@@ -334,7 +353,7 @@ class _Engine:
         tables = [s.pages + [-1] * (max_pages - len(s.pages)) for s in group]
         uniforms = [options.uniforms(s.index, max_draws) for s in group]
         seen = [options.seen(prompt, self.model.config.vocab) for prompt in prompts]
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        lengths = on_host([len(prompt) for prompt in prompts])
         numbers = torch.cat(uniforms)
         rows = Rows(
             tokens=torch.stack([prompt[-1] for prompt in prompts]),
@@ -343,7 +362,7 @@ class _Engine:
             slots=torch.full_like(lengths, -1),  # of the prompt's last token: written by now
             n_drawn=torch.zeros_like(lengths),
             uniform=pad(numbers, (0, 1))[:, 0].contiguous(),  # 0 if greedy
-            block_table=torch.tensor(tables, dtype=torch.int32),
+            block_table=on_host(tables).int(),
             uniforms=numbers,
             seen=torch.cat(seen),
         )
@@ -355,7 +374,7 @@ class _Engine:
         report = self.on_prefill or (lambda done, total: None)
         lengths = [len(sequence.prompt) for sequence in group]
         packed = to_device(torch.cat([_rows_of(s) for s in group], dim=1), self.model.device)
-        ends = torch.tensor(lengths).cumsum(0) - 1
+        ends = on_host(lengths).cumsum(0) - 1
         for start in range(0, packed.shape[1], self.prefill_chunk):
             for length in lengths:
                 report(start, length)
@@ -418,6 +437,6 @@ def _packed(starting: list[_Sequence], limit: int) -> Iterator[list[_Sequence]]:
 
 def _rows_of(sequence: _Sequence) -> Tensor:
     """Of each token of a prompt its id, position and slot: [3, T] int64."""
-    positions = torch.arange(len(sequence.prompt))
-    pages = torch.tensor(sequence.pages)[positions // PAGE_SIZE]
+    positions = torch.arange(len(sequence.prompt), dtype=torch.int64, device="cpu")
+    pages = on_host(sequence.pages)[positions // PAGE_SIZE]
     return torch.stack((sequence.prompt, positions, pages * PAGE_SIZE + positions % PAGE_SIZE))

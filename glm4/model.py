@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 import glm4_kernels as gk
 from glm4.attention import Chunk, chunks_of, prefill_attention
 from glm4.cache import PAGE_SIZE, Cache, Step
-from glm4_kernels.library import bad_value
+from glm4_kernels.library import bad_value, without_autocast
 
 if TYPE_CHECKING:
     from glm4.decoder import Decoder
@@ -203,6 +204,7 @@ class Model:
 
     @classmethod
     @torch.no_grad()
+    @without_autocast
     def random(
         cls,
         config: Config,
@@ -236,6 +238,7 @@ class Model:
         )
 
     @torch.inference_mode()
+    @without_autocast
     def forward(self, step: Step, cache: Cache) -> Tensor:
         """One pass over the rows of `step`, whose K and V it writes into `cache`.
 
@@ -253,6 +256,7 @@ class Model:
         return y
 
     @torch.inference_mode()
+    @without_autocast
     def head(self, hidden: Tensor) -> Tensor:
         """Next-token logits: [T, hidden] -> [T, vocab]."""
         return linear(hidden, self.lm_head, activations=self.activations)
@@ -274,7 +278,8 @@ class Model:
         config = self.config
         if length > config.max_positions:
             raise bad_value("logits", "token_ids", f"[B, at most {config.max_positions}]", length)
-        logits = torch.empty(n_sequences, length, config.vocab, device=self.device)
+        shape = n_sequences, length, config.vocab
+        logits = torch.empty(shape, dtype=torch.float32, device=self.device)
         if token_ids.numel() == 0:
             return logits
         low, high = token_ids.min().item(), token_ids.max().item()
@@ -287,11 +292,12 @@ class Model:
         cache = self.new_cache(n_sequences * n_pages)
         table = torch.arange(n_sequences * n_pages, dtype=torch.int32, device=self.device)
         table = table.view(n_sequences, n_pages)
+        counted = partial(torch.arange, dtype=torch.int64, device=self.device)
         chunk = max(LOGITS_ROWS // n_sequences, 1)
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
-            positions = torch.arange(start, stop, device=self.device).repeat(n_sequences)
-            first_slot = torch.arange(n_sequences, device=self.device) * n_pages * PAGE_SIZE
+            positions = counted(start, stop).repeat(n_sequences)
+            first_slot = counted(0, n_sequences) * n_pages * PAGE_SIZE
             step = Step(
                 tokens=token_ids[:, start:stop].reshape(-1),
                 positions=positions,

@@ -36,7 +36,7 @@ from glm4.quantization_policy import LINEAR, Form, preparer
 from glm4.quantized_checkpoint import Codes, pack_quantized
 from glm4.tensor_files import STORED_DTYPES, CheckpointError, read_json
 from glm4.tokenizer_model import convert_tokenizer
-from glm4_kernels.library import bad_value
+from glm4_kernels.library import bad_value, without_autocast
 from glm4_kernels.quantized_weight import slabs
 
 # Bytes of a shard, and so of what waits in memory to be written; a larger tensor has its own.
@@ -55,6 +55,7 @@ COMPANIONS = (
 
 
 @torch.no_grad()
+@without_autocast
 def quantize_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

@@ -61,7 +61,7 @@ class Sampling:
         """The numbers in [0, 1) that prompt `index` draws with: [1, n_tokens] float64 ([1, 0] if
         greedy)."""
         if self.temperature == 0.0:
-            return torch.empty(1, 0, dtype=torch.float64)
+            return torch.empty(1, 0, dtype=torch.float64, device="cpu")
         generator = numpy.random.default_rng(None if self.seed is None else self.seed + index)
         return torch.from_numpy(generator.random((1, n_tokens)))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from glm4_kernels.error_feedback import round_with_feedback, upper_root
 from glm4_kernels.grid_search import METHODS as GRIDS
 from glm4_kernels.grid_search import choose_grid, codes_of
-from glm4_kernels.library import bad_type, bad_value
+from glm4_kernels.library import bad_type, bad_value, without_autocast
 from glm4_kernels.quantized_weight import BITS, BLOCK, GROUP_SIZES, QuantizedWeight, slabs
 
 # Grids are chosen for this many weights at a time: what the search reads again stays in cache.
@@ -25,6 +25,7 @@ PIECE = 2**18
 METHODS = (*GRIDS, "feedback")
 
 
+@without_autocast
 def quantize(
     weight: Tensor,
     bits: int = 4,

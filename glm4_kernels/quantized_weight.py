@@ -82,9 +82,7 @@ class QuantizedWeight:
             weight.fill(
                 rows, u[rows], scale[rows], zero_point if zero_point is None else zero_point[rows]
             )
-        if order is not None and not torch.equal(
-            order, torch.arange(len(order), device=order.device)
-        ):
+        if order is not None and not torch.equal(order, unmoved(order)):
             weight = replace(weight, order=order.to(u.device))
         return weight
 
@@ -186,6 +184,11 @@ def moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 def in_tiles(device: torch.device) -> bool:
     """Whether weights on `device` are in the layout `tiles`; else in `rows`."""
     return device.type != "cuda"
+
+
+def unmoved(order: Tensor) -> Tensor:
+    """The permutation that leaves everything in its place, beside `order`."""
+    return torch.arange(len(order), dtype=torch.int64, device=order.device)
 
 
 def slabs(n: int, k: int) -> Iterator[slice]:
@@ -298,7 +301,6 @@ def check_codes(
         if bits == 4 and (largest := int(u.max())) > 15:
             raise bad_value(name, "u", "at most 15", largest)
         if order is not None and (
-            order.shape != (k,)
-            or not torch.equal(order.sort().values, torch.arange(k, device=order.device))
+            order.shape != (k,) or not torch.equal(order.sort().values, unmoved(order))
         ):
             raise bad_value(name, "order", f"a permutation of 0 to {k - 1}", "something else")

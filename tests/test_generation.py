@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -235,6 +236,10 @@ def test_prompts_of_other_types(model):
     expected = [model.expected(prompt, 5) for prompt in RAGGED]
     assert generate(model, iter(RAGGED), 5) == expected
     assert generate(model, tuple(torch.tensor(prompt) for prompt in RAGGED), 5) == expected
+    for dtype in (numpy.int16, numpy.uint8, numpy.uint64):
+        prompts = [numpy.array(prompt, dtype) for prompt in RAGGED]
+        assert generate(model, prompts, numpy.int64(5), max_batch=numpy.uint8(9)) == expected
+        assert generate(model, [list(prompt) for prompt in prompts], 5) == expected
 
 
 def test_a_consumer_may_stop_early(model):
@@ -309,12 +314,22 @@ def test_bad_logits_are_an_error(model, monkeypatch, n_good):
         (ValueError, r"prompts\[0\] must be token ids in \[0, 61\), got 61", {"prompts": [[61]]}),
         (ValueError, r"prompts\[0\] must be token ids .* got -1", {"prompts": [[-1]]}),
         (TypeError, r"prompts\[0\] must be a list of token ids, got str", {"prompts": ["text"]}),
-        (TypeError, r"prompts\[0\] must be a list .* got torch.float32", {"prompts": [[1.5]]}),
-        (TypeError, r"prompts\[0\] must be a list .* got torch.bool", {"prompts": [[True]]}),
-        (TypeError, r"prompts\[0\] must be a list .* \[1, 2\]", {"prompts": [[[1, 2]]]}),
-        (TypeError, r"prompts\[0\] must be a list", {"prompts": [1, 2]}),
-        (TypeError, r"prompts\[0\] must be a list", {"prompts": [None]}),
-        (TypeError, r"prompts\[0\] must be a list", {"prompts": [[2**70]]}),
+        (TypeError, r"prompts\[0\] must be a list .* got \[1.5\]", {"prompts": [[1.5]]}),
+        (TypeError, r"prompts\[0\] must be a list .* got \[True\]", {"prompts": [[True]]}),
+        (TypeError, r"prompts\[0\] must be a list .* \[\[1, 2\]\]", {"prompts": [[[1, 2]]]}),
+        (TypeError, r"prompts\[0\] must be .* got 1; wrap one prompt in a list: \[\[1, 2\]\]$",
+         {"prompts": [1, 2]}),
+        (TypeError, r"prompts\[0\] must be .* got 3; wrap one prompt in a list: \[prompt\]$",
+         {"prompts": torch.tensor([3, 4])}),
+        (TypeError, r"prompts\[0\] must be .* got torch.float32 \[1\]",
+         {"prompts": [torch.ones(1)]}),
+        (TypeError, r"prompts\[0\] must be .* got \[\[1\], \[2, 3\]\]",
+         {"prompts": [[[1], [2, 3]]]}),
+        (TypeError, r"prompts\[0\] must be a list",
+         {"prompts": [None]}),
+        (ValueError, rf"prompts\[0\] must be token ids in .* got {2**63}$",
+         {"prompts": [[1, 2**63]]}),
+        (ValueError, rf"prompts\[0\] must be token ids in .* got {2**70}$", {"prompts": [[2**70]]}),
         (TypeError, "prompts must be a list of lists of ids, got str", {"prompts": "text"}),
         (TypeError, "prompts must be a list of lists of ids, got int", {"prompts": 3}),
         (ValueError, "max_new_tokens must be at least 1, got 0", {"max_new_tokens": 0}),
