@@ -5,6 +5,7 @@ from glm4_kernels.decode_advance import decode_advance
 from glm4_kernels.decode_schedule import decode_schedule
 from glm4_kernels.flash_decode import flash_decode
 from glm4_kernels.merge_attention import merge_attention
+from glm4_kernels.openmp import survive_forks
 from glm4_kernels.quantize import quantize
 from glm4_kernels.quantized_matmul import quantized_matmul
 from glm4_kernels.quantized_weight import QuantizedWeight
@@ -36,3 +37,5 @@ __all__ = [
     "sandwich_norm_quantized",
     "swiglu",
 ]
+
+survive_forks()
