@@ -13,13 +13,11 @@ pages of a sequence that left serve the next one, whatever is still in flight.
 from __future__ import annotations
 
 import numbers
-import re
 import reprlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -27,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from glm4.cache import PAGE_SIZE, Step
+from glm4.cache import PAGE_SIZE, Step, free_bytes, gib, page_bytes
 from glm4.decoder import GRAPHS, Decoder, Rows, to_device
 from glm4.sampling import Sampling
 from glm4_kernels.library import bad_type, bad_value
 
 if TYPE_CHECKING:
-    from glm4.model import Model
+    from glm4.model import Config, Model
 
 # Of the memory that is free, for the cache; the rest is for activations and logits.
 CACHE_SHARE = 0.9
@@ -109,7 +107,7 @@ def stream(
     max_batch = _count("max_batch", max_batch)
     n_pages = None if n_pages is None else _count("n_pages", n_pages)
     stops = frozenset(_token_ids("stop_token_ids", stop_token_ids, config.vocab).tolist())
-    waiting = list(enumerate(_prompt_ids(prompts, config.vocab)))
+    waiting = list(enumerate(check_prompts(config, model.dtype, prompts, max_new_tokens)))
     lengths = [len(ids) for _, ids in waiting]
     n_pages = _plan_pages(model, lengths, max_new_tokens, n_pages, max_batch)
     engine = _Engine(model, sampling, stops, max_new_tokens, prefill_chunk, on_prefill, on_warmup)
@@ -125,7 +123,10 @@ def _count(name: str, value: object) -> int:
     return int(value)
 
 
-def _prompt_ids(prompts: Iterable[Sequence[int]], vocab_size: int) -> list[Tensor]:
+def check_prompts(
+    config: Config, dtype: torch.dtype, prompts: Iterable[Sequence[int]], max_new_tokens: int
+) -> list[Tensor]:
+    """Their ids. Refuses what is none, and prompts that no model of this config can continue."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
         raise bad_type("generate", "prompts", "a list of lists of ids", type(prompts).__name__)
     found = []
@@ -135,9 +136,13 @@ def _prompt_ids(prompts: Iterable[Sequence[int]], vocab_size: int) -> list[Tenso
             whole = reprlib.repr(prompts) if isinstance(prompts, (list, tuple)) else "prompt"
             actual = f"{prompt}; wrap one prompt in a list: [{whole}]"
             raise bad_type("generate", name, "a list of token ids", actual)
-        ids = _token_ids(name, prompt, vocab_size)
+        ids = _token_ids(name, prompt, config.vocab)
         if len(ids) == 0:
             raise bad_value("generate", name, "at least one token", "an empty list")
+        if len(ids) + max_new_tokens > config.max_positions:
+            expected = f"at most {config.max_positions} tokens (the model's context)"
+            actual = _with_new_tokens(config, dtype, len(ids), max_new_tokens)
+            raise bad_value("generate", f"{name} with its new tokens", expected, actual)
         found.append(ids)
     return found
 
@@ -167,26 +172,34 @@ def _plan_pages(
     model: Model, lengths: list[int], max_new_tokens: int, n_pages: int | None, max_batch: int
 ) -> int:
     """Refuses prompts that can never run; returns the number of pages of the cache."""
-    config = model.config
-    page_bytes = 2 * config.layers * config.kv_heads * PAGE_SIZE * config.head_dim
-    page_bytes *= model.dtype.itemsize
+    page = _page_bytes(model.config, model.dtype)
+    kept = model.decoder.cache.n_pages if model.decoder else 0  # free once it does not serve
+    free = free_bytes(model.device) + kept * page
     needs = [_pages_for(length, max_new_tokens) for length in lengths]
     room = f"{n_pages} pages of cache (n_pages)"
     if n_pages is None:
-        kept = model.decoder.cache.n_pages if model.decoder else 0  # free once it does not serve
-        affordable = int(CACHE_SHARE * (free_bytes(model.device) + kept * page_bytes)) // page_bytes
+        affordable = int(CACHE_SHARE * free) // page
         wanted = sum(sorted(needs)[-max_batch:])
         n_pages = min(_roomy(wanted) if model.device.type in GRAPHS else wanted, affordable)
-        room = f"the {_gib(n_pages * page_bytes)} that a cache may take on {model.device}"
-    context = f"{config.max_positions} tokens (the model's context)"
+        room = f"the {gib(n_pages * page)} that a cache may take on {model.device}"
+    elif n_pages * page > free:
+        expected = f"at most {free // page}, which take the {gib(free)} free on {model.device}"
+        raise bad_value("generate", "n_pages", expected, f"{n_pages} ({gib(n_pages * page)})")
     for index, (length, need) in enumerate(zip(lengths, needs, strict=True)):
-        actual = f"{length} + {max_new_tokens}, whose cache takes {_gib(need * page_bytes)}"
-        name = f"prompts[{index}] with its new tokens"
-        if length + max_new_tokens > config.max_positions:
-            raise bad_value("generate", name, f"at most {context}", actual)
         if need > n_pages:
+            actual = _with_new_tokens(model.config, model.dtype, length, max_new_tokens)
+            name = f"prompts[{index}] with its new tokens"
             raise bad_value("generate", name, f"within {room}", actual)
     return n_pages
+
+
+def _page_bytes(config: Config, dtype: torch.dtype) -> int:
+    return page_bytes(config.layers, config.kv_heads, config.head_dim, dtype)
+
+
+def _with_new_tokens(config: Config, dtype: torch.dtype, length: int, max_new_tokens: int) -> str:
+    cache = _pages_for(length, max_new_tokens) * _page_bytes(config, dtype)
+    return f"{length} + {max_new_tokens}, whose cache takes {gib(cache)}"
 
 
 def _roomy(n: int) -> int:
@@ -199,32 +212,6 @@ def _roomy(n: int) -> int:
 def _pages_for(length: int, max_new_tokens: int) -> int:
     """Pages of a whole sequence, but for its last token, which nothing ever attends to."""
     return -(-(length + max_new_tokens - 1) // PAGE_SIZE)
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.3g} GiB"
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still take on `device`; 2^62 where the system does not say."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-
-    def number(pattern: str, file: str) -> int:
-        found = re.search(pattern, Path(file).read_text(), re.MULTILINE)
-        if found is None:
-            raise ValueError(f"{file} does not say")
-        return int(found[1])
-
-    free = 2**62
-    try:
-        free = number(r"^MemAvailable:\s*(\d+)", "/proc/meminfo") << 10
-        limit = number(r"^(\d+)", "/sys/fs/cgroup/memory.max")  # a container's own
-        free = min(free, limit - number(r"^anon (\d+)", "/sys/fs/cgroup/memory.stat"))
-    except (OSError, ValueError):
-        pass  # not Linux, or no limit
-    return max(free, 0)
 
 
 @dataclass(eq=False)

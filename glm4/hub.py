@@ -18,7 +18,7 @@ def find_folder(path_or_repo: str | os.PathLike[str]) -> Path:
     if path_or_repo == "demo":
         return DEMO
     name = os.fspath(path_or_repo)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # leaves a user who is not there as it is
     try:
         if name and path.is_dir():
             return path

@@ -28,7 +28,7 @@ from torch import Tensor
 import glm4_kernels as gk
 from glm4.attention import Chunk, chunks_of, prefill_attention
 from glm4.cache import PAGE_SIZE, Cache, Step
-from glm4_kernels.library import bad_value, without_autocast
+from glm4_kernels.library import bad_type, bad_value, without_autocast
 
 if TYPE_CHECKING:
     from glm4.decoder import Decoder
@@ -271,6 +271,9 @@ class Model:
         Returns:
             float32 [B, T, vocab]: row t has seen tokens 0..t.
         """
+        if not isinstance(token_ids, Tensor):
+            actual = f"{type(token_ids).__name__}; make one by torch.tensor([[1, 2, 3]])"
+            raise bad_type("logits", "token_ids", "an int64 tensor [B, T]", actual)
         if token_ids.dim() != 2 or token_ids.dtype != torch.long:
             actual = f"{token_ids.dtype} {list(token_ids.shape)}"
             raise bad_value("logits", "token_ids", "int64 [B, T]", actual)
