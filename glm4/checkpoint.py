@@ -25,6 +25,7 @@ from torch import Tensor
 from glm4.config_json import read_config, warn_of_theta
 from glm4.hub import DEMO as DEMO  # where it has always been found
 from glm4.hub import find_folder
+from glm4.int8_error import warn_of_int8
 from glm4.model import Config, Model, Weight, check_dtype, overflows
 from glm4.progress import progress_bar
 from glm4.quantization_config import Quantization, read_quantization
@@ -63,8 +64,9 @@ def load(
         rope_mode: "reference" rounds RoPE's table as transformers does, "exact" (needed past 256K
             tokens) does not.
         progress: shows a bar on stderr once loading has taken two seconds.
-        activations: of quantised layers, "int8" (the CPU's default) or "float"; see
-            `gk.quantized_matmul`.
+        activations: of quantised layers, "int8" or "float"; see `gk.quantized_matmul`. None is
+            "float" on a GPU and "int8" on a CPU, where loading then takes a few tokens through the
+            model both ways and warns if a layer's output is off by over 5 %.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or not a supported GLM-4.
@@ -106,6 +108,8 @@ def load(
             show(done)
     model = Model(config, weights, target, dtype, rope_mode, activations)
     model.path = folder
+    if activations is None and target.type == "cpu":
+        warn_of_int8(model)
     return model
 
 

@@ -263,8 +263,8 @@ def generate(args: argparse.Namespace) -> None:
     prompt = tokenizer.encode(text)
     left = checkpoint.config.max_positions - len(prompt)
     max_new_tokens = args.max_new_tokens or max(min(256, left), 1)
-    dtype = DTYPES.get(args.dtype, checkpoint.dtype)
-    check_prompts(checkpoint.config, dtype, [prompt], max_new_tokens)
+    stored_as = DTYPES.get(args.dtype, checkpoint.dtype)
+    check_prompts(checkpoint.config, stored_as, [prompt], max_new_tokens)
     model = load(
         folder,
         device,

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import numbers
 import reprlib
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy
 import torch
@@ -31,6 +33,8 @@ from glm4.sampling import Sampling
 from glm4_kernels.library import bad_type, bad_value
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from glm4.model import Config, Model
 
 # Of the memory that is free, for the cache; the rest is for activations and logits.
@@ -44,10 +48,33 @@ STEPS_AHEAD = {"cpu": 0, "cuda": 1}
 PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
 
 
+class Options(TypedDict, total=False):
+    """What `generate` and `stream` take besides; `stream` says what each is."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop_token_ids: Sequence[int] | None
+    n_pages: int | None
+    prefill_chunk: int | None
+    max_batch: int
+    on_prefill: Callable[[int, int], None] | None
+    on_warmup: Callable[[str, float], None] | None
+
+
 def generate(
-    model: Model, prompts: Iterable[Sequence[int]], max_new_tokens: int, **options: Any
+    model: Model,
+    prompts: Iterable[Sequence[int]],
+    max_new_tokens: int,
+    **options: Unpack[Options],
 ) -> list[list[int]]:
     """The new tokens of each prompt, a stop token included; arguments and errors as `stream`."""
+    for name in options.keys() - Options.__annotations__.keys():
+        close = get_close_matches(name, Options.__annotations__, 1)
+        known = close or Options.__annotations__
+        raise TypeError(f"generate: {name!r} is no option; there is {', '.join(known)}")
     texts: dict[int, list[int]] = {}  # in the order of the prompts, since they start in it
     for index, token in stream(model, prompts, max_new_tokens, **options):
         texts.setdefault(index, []).append(token)
@@ -97,6 +124,9 @@ def stream(
         FloatingPointError: the logits of a prompt became NaN or infinite.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    if temperature == 0 and (top_k is not None or top_p != 1.0):
+        message = "generate: top_k and top_p do nothing at temperature 0, which takes the likeliest"
+        warnings.warn(f"{message} token; give a temperature, e.g. 1", stacklevel=3)
     config = model.config
     if prefill_chunk is None:
         prefill_chunk = PREFILL_CHUNK[model.device.type]

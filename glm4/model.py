@@ -15,7 +15,7 @@ kernel. Rounding is that of transformers' `GlmForCausalLM` and `Glm4ForCausalLM`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,10 @@ from glm4.cache import PAGE_SIZE, Cache, Step
 from glm4_kernels.library import bad_type, bad_value, without_autocast
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from glm4.decoder import Decoder
+    from glm4.generation import Options
 
 # A weight as `linear` takes it: a tensor, or what `gk.quantize` made of one.
 Weight = Any
@@ -313,7 +316,10 @@ class Model:
         return logits
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
+        self,
+        prompts: Iterable[Sequence[int]],
+        max_new_tokens: int,
+        **options: Unpack[Options],
     ) -> list[list[int]]:
         """New tokens of each prompt; `glm4.generation.generate` says what the options are."""
         from glm4.generation import generate

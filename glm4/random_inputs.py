@@ -23,18 +23,20 @@ SEQUENCES, LENGTH = 8, 512
 BLOCK = 1024
 
 
+def random_tokens(config: Config, n: int) -> Tensor:
+    """[n] int64 on the CPU, the same each time."""
+    # Ids from the first stop id on are not text.
+    stops = [token for token in config.eos_token_ids if token > config.vocab // 2]
+    generator = torch.Generator("cpu").manual_seed(0)
+    first_stop = min(stops, default=config.vocab)
+    return torch.randint(first_stop, (n,), generator=generator, dtype=torch.int64, device="cpu")
+
+
 class RandomInputs:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.length = min(LENGTH, config.max_positions)
-        generator = torch.Generator("cpu").manual_seed(0)
-        # Ids from the first stop id on are not text.
-        stops = [token for token in config.eos_token_ids if token > config.vocab // 2]
-        n_tokens = SEQUENCES * self.length
-        first_stop = min(stops, default=config.vocab)
-        self.tokens = torch.randint(
-            first_stop, (n_tokens,), generator=generator, dtype=torch.int64, device="cpu"
-        )
+        self.tokens = random_tokens(config, SEQUENCES * self.length)
         self.expected = iter(config.shapes)
 
     def see(self, name: str, weight: Tensor) -> list[Tensor] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -91,7 +92,7 @@ class Sampling:
 
 def _make(settings: Sampling, name: str, kind: type, plain: type, expected: str) -> None:
     """Puts a number of any such kind, numpy's too, as Python's own."""
-    value = getattr(settings, name)
+    value: Any = getattr(settings, name)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise bad_type("generate", name, expected, repr(value))
     try:

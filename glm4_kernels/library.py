@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -101,6 +102,7 @@ def register_op(
         launch_needs_triton: false for CUDA kernels of the C++ extension.
     """
     name = schema.split("(", 1)[0]
+    tensors = re.findall(r"Tensor(?:\(\w!\))? (\w+)", schema)
     reference = without_autocast(reference)
     parameters = tuple(inspect.signature(check).parameters)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -116,7 +118,13 @@ def register_op(
     def admit(args: tuple[Any, ...]) -> None:
         if torch.is_grad_enabled():
             refuse_grad(args)
-        check(*args)
+        try:
+            check(*args)
+        except AttributeError:  # None is what the dispatcher lets pass as a tensor
+            for parameter, arg in zip(parameters, args, strict=False):
+                if arg is None and parameter in tensors:
+                    raise bad_type(name, parameter, "a tensor", "None") from None
+            raise
 
     def run_reference(*args: Any) -> Any:
         admit(args)

@@ -62,8 +62,9 @@ def quantize(
         raise bad_value("quantize", "method", f"one of {', '.join(METHODS)}", repr(method))
     if method == "hqq" and symmetric:
         raise bad_value("quantize", "symmetric", "False for method 'hqq'", symmetric)
-    if not weight.is_floating_point():
-        raise bad_type("quantize", "weight", "floating point", weight.dtype)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        actual = getattr(weight, "dtype", type(weight).__name__)
+        raise bad_type("quantize", "weight", "floating point", actual)
     block = max(group_size or 0, BLOCK)
     if weight.dim() != 2 or weight.numel() == 0 or weight.shape[1] % block:
         expected = f"[N, K] with N at least 1 and K a multiple of {block}"

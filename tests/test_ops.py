@@ -336,6 +336,18 @@ def test_the_op_checks_what_it_is_called_with(example, device):
                 example.overload(*elsewhere)
 
 
+@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+def test_none_is_no_tensor(example, device):
+    arguments = example.arguments(torch.bfloat16, device)
+    schema = example.overload._schema.arguments
+    for index, argument in enumerate(schema[: len(arguments)]):
+        if str(argument.type) == "Tensor":
+            wrong = (*arguments[:index], None, *arguments[index + 1 :])
+            message = f"^{example.op}: {argument.name} must be a tensor, got None"
+            with pytest.raises(TypeError, match=message):
+                example.overload(*wrong)
+
+
 def test_inductor_keeps_the_cache_write(device):
     """The one op that writes its inputs, through the default compiler's functionalisation."""
     example = next(e for e in EXAMPLES if e.op == "rope_kv_write")
