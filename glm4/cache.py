@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def page_bytes(n_layers: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
 
 
 def gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.3g} GiB"
+    return f"{Decimal(n_bytes) / 2**30:.3g} GiB"  # of any number, also one past floats
 
 
 def free_bytes(device: torch.device) -> int:

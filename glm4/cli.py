@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         print("\nglm4: interrupted", file=sys.stderr)
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"glm4: {_one_line(error)}", file=sys.stderr)
         try:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except OSError:
             _give_up_stdout()
         return 1
@@ -95,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=_version())
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(required=True, metavar="command, e.g. generate")
+    commands = parser.add_subparsers(required=True, metavar="command")
 
     command = _add_command(commands, generate, "continue a text", '; did you mean --prompt "{}"?')
     command.add_argument(
@@ -142,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--activations",
         choices=("int8", "float"),
-        help="of quantised layers; default: int8 on a CPU, float on a GPU; float is exact and slow",
+        help="of quantised layers; default: int8 on a CPU (float: exact, slower), float on a GPU",
     )
     command.add_argument(
         "--rope-theta", type=positive, metavar="X", help="overrides the one in config.json"
@@ -216,6 +218,8 @@ def _device(text: str) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = " ".join(message.replace(": must be ", " must be ").split())
+        if message.endswith("required: command"):
+            message += ', e.g. `glm4 generate --prompt "Hello"`'
         if message.startswith("argument --"):
             message = message.removeprefix("argument ")
         self.exit(2, f"glm4: {message} (see `{self.prog} --help`)\n")

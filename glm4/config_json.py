@@ -103,7 +103,7 @@ def warn_of_theta(config: Config, folder: Path) -> None:
             f"{folder / 'config.json'}: rope_theta is 10000, but the original checkpoint has "
             f"{original}, and a wrong theta does not show in short texts; load with "
             f"rope_theta={original}, or with rope_theta=1e4 to keep it and silence this",
-            stacklevel=4,  # who called `load`, past its decorator
+            stacklevel=5,  # who called `load`, past its decorators
         )
 
 

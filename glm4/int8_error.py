@@ -20,8 +20,10 @@ from glm4_kernels.quantized_weight import QuantizedWeight
 if TYPE_CHECKING:
     from glm4.model import Model
 
+# 0.07 s of one Zen 5 core for a layer of GLM-4-9B in int4, reading the weights twice.
 TOKENS = 8
-# Of a layer's output. Sound ones err by about 1 %.
+# Of a layer's output. Layers of the demo model and of random weights err by 0.3 to 1.3 %; with one
+# input channel 100 times as large and its weights as small, by up to 8 %, with 1000 by 58 %.
 LIMIT = 0.05
 
 
@@ -35,7 +37,7 @@ def warn_of_int8(model: Model) -> None:
             f"int8 activations change the output of {worst} by {errors[worst]:.0%} (over "
             f"{LIMIT:.0%} in {n_bad} of {len(errors)} layers): a few channels are far larger than "
             "the rest; activations 'float' is exact and slower, 'int8' accepts this",
-            stacklevel=4,
+            stacklevel=5,  # who called `load`, past its decorators
         )
 
 

@@ -305,7 +305,7 @@ def copy_companions(source: Path, target: Path, remote_code: bool) -> None:
         warnings.warn(
             f"{source}: has neither tokenizer.json nor tokenizer.model, so what is written has no "
             "tokenizer either; copy one into it",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -93,9 +93,9 @@ class Sampling:
 def _make(settings: Sampling, name: str, kind: type, plain: type, expected: str) -> None:
     """Puts a number of any such kind, numpy's too, as Python's own."""
     value: Any = getattr(settings, name)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, kind):
         raise bad_type("generate", name, expected, repr(value))
     try:
         object.__setattr__(settings, name, plain(value))
     except OverflowError:
-        object.__setattr__(settings, name, math.inf if value > 0 else -math.inf)
+        object.__setattr__(settings, name, plain("-inf" if str(value)[0] == "-" else "inf"))
