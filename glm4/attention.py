@@ -101,14 +101,14 @@ def decode_attention(
     """
     blocks, rest = divmod(len(q), MAX_QUERIES)
     at_once = max(BLOCKS_TIMES_KEYS // chunk.stop, 1)
+    ends = torch.arange(1, blocks + 1, dtype=torch.int32, device=q.device) * MAX_QUERIES
     parts = []
     for first in range(0, blocks, at_once):
         n = min(at_once, blocks - first)
         rows = q[first * MAX_QUERIES : (first + n) * MAX_QUERIES]
-        ends = torch.arange(first + 1, first + n + 1, dtype=torch.int32) * MAX_QUERIES
-        parts.append((rows.unflatten(0, (n, MAX_QUERIES)), ends + chunk.start))
+        parts.append((rows.unflatten(0, (n, MAX_QUERIES)), chunk.start + ends[first : first + n]))
     if rest:
-        parts.append((q[None, -rest:], torch.tensor([chunk.stop], dtype=torch.int32)))
+        parts.append((q[None, -rest:], ends.new_tensor([chunk.stop])))
     return torch.cat(
         [
             gk.flash_decode(

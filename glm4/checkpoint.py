@@ -25,6 +25,7 @@ from glm4.checkpoint_file import CheckpointError, one_line, read_json
 from glm4.config_json import DTYPES, config_of, declared_dtype
 from glm4.hub import DEMO as DEMO  # where it has always been found
 from glm4.hub import find_folder
+from glm4.int8_error import warn_of_int8
 from glm4.model import Config, Model, Weight, check_dtype, overflows
 from glm4.progress import progress_bar
 from glm4.quantization_config import Quantization, read_quantization
@@ -33,11 +34,12 @@ from glm4.quantized_checkpoint import QuantizedPart, find_part, read_quantized
 from glm4.tensor_files import STORED_DTYPES, Stored, find_tensors
 from glm4.tensor_names import ROOTS, Naming, naming_of
 from glm4_kernels.huge_pages import zeros_in_huge_pages
-from glm4_kernels.library import bad_value
+from glm4_kernels.library import bad_value, without_autocast
 from glm4_kernels.quantized_matmul import require_quantized_matmul
 
 
 @torch.no_grad()
+@without_autocast
 def load(
     path_or_repo: str | os.PathLike[str],
     device: str | torch.device = "auto",
@@ -62,8 +64,9 @@ def load(
         rope_mode: "reference" rounds RoPE's table as transformers does, "exact" (needed past 256K
             tokens) does not.
         progress: shows a bar on stderr once loading has taken two seconds.
-        activations: of quantised layers, "int8" (the CPU's default) or "float"; see
-            `gk.quantized_matmul`.
+        activations: of quantised layers, "int8" or "float"; see `gk.quantized_matmul`. None is
+            "float" on a GPU and "int8" on a CPU, where loading then takes a few tokens through the
+            model both ways and warns if a layer's output is off by over 5 %.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or not a supported GLM-4.
@@ -108,6 +111,8 @@ def load(
             show(done)
     model = Model(config, weights, target, dtype, rope_mode, activations)
     model.path = folder
+    if activations is None and target.type == "cpu":
+        warn_of_int8(model)
     return model
 
 
@@ -133,7 +138,7 @@ class Checkpoint:
 
     def warn(self) -> None:
         for remark in self.remarks:
-            warnings.warn(one_line(remark), stacklevel=4)  # who called `load`, past its decorator
+            warnings.warn(one_line(remark), stacklevel=5)  # who called `load`, past its decorators
 
 
 def examine(folder: Path, rope_theta: float | None = None) -> Checkpoint:
@@ -177,7 +182,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
             found = f"none ({'no GPU, or no driver for it' if torch.version.cuda else built})"
         expected = f"one of the CUDA devices that torch finds here; it finds {found}"
         raise bad_value("load", "device", expected, repr(str(device)))
-    return torch.empty(0, device=resolved).device  # with its index
+    return torch.empty(0, dtype=torch.uint8, device=resolved).device  # with its index
 
 
 def settle_tied_head(config: Config, stored: dict[str, Stored], naming: Naming) -> Config:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from glm4.env import environment, report, version
 
 # Without these an error is a bug of ours, and its line says how to get the traceback.
 EXPECTED = (ValueError, TypeError, OSError, IndexError, FloatingPointError)
+
+DEVICES = "auto, cpu, cuda, cuda:1, ..."
 
 EXAMPLES = """\
 examples:
@@ -30,25 +34,58 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    _open_closed_streams()
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        hint = "" if unknown[0].startswith("-") else args.hint.format(" ".join(unknown))
+        args.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         print("\nglm4: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Else the interpreter's own flush at exit complains.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return 141
-    except Exception as error:
+    except SystemExit:  # a wrong command line, seen late
+        raise
+    except BaseException as error:  # a panic of a Rust library is no Exception
         if args.debug:
             raise
         print(f"glm4: {_one_line(error)}", file=sys.stderr)
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            _give_up_stdout()
         return 1
+
+
+def _open_closed_streams() -> None:
+    """Else the next file that opens, one of the user's perhaps, is what a library takes for stderr;
+    and print(file=None) writes to stdout."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _give_up_stdout() -> None:
+    """Else the interpreter's own flush at exit complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check_stdout() -> None:
+    if sys.stdout is None:
+        raise ValueError("stdout is closed, so there is nowhere to write to")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,37 +99,58 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    command = commands.add_parser("generate", help="continue a text", description=generate.__doc__)
-    command.set_defaults(run=generate, error=command.error)
+    command = _add_command(commands, generate, "continue a text", '; did you mean --prompt "{}"?')
     command.add_argument(
         "--model", default="demo", metavar="PATH_OR_REPO", help="default: the bundled demo model"
     )
     command.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
+    at_least_1 = _number(int, "at least 1", lambda n: n >= 1)
     command.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="default: 256, or what the context leaves"
+        "--max-new-tokens",
+        type=at_least_1,
+        metavar="N",
+        help="default: 256, or what the context leaves",
     )
     command.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy"
+        "--temperature",
+        type=_number(float, "at least 0 and finite", lambda t: 0 <= t < math.inf),
+        metavar="T",
+        help="1 draws as the model says, less is safer; 0, the default, takes the likeliest",
     )
-    command.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     command.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that reach P"
+        "--top-k", type=at_least_1, metavar="K", help="draw from the K likeliest tokens"
     )
     command.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="over 1 repeats less"
+        "--top-p",
+        type=_number(float, "over 0 and at most 1", lambda p: 0 < p <= 1),
+        metavar="P",
+        help="draw from the likeliest that reach P",
     )
-    command.add_argument("--seed", type=int, metavar="N", help="makes a drawn text repeatable")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    command.add_argument("--dtype", default="auto", help="auto, bfloat16, float32 or float16")
+    positive = _number(float, "over 0 and finite", lambda x: 0 < x < math.inf)
+    command.add_argument(
+        "--repetition-penalty", type=positive, default=1.0, metavar="X", help="over 1 repeats less"
+    )
+    command.add_argument(
+        "--seed",
+        type=_number(int, "at least 0", lambda n: n >= 0),
+        metavar="N",
+        help="makes a drawn text repeatable",
+    )
+    command.add_argument("--device", type=_device, default="auto", help=DEVICES)
+    command.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float32", "float16")
+    )
     command.add_argument("--quantize", choices=("int8", "int4"), help="weights, as they are loaded")
     command.add_argument(
-        "--rope-theta", type=float, metavar="X", help="overrides the one in config.json"
+        "--activations",
+        choices=("int8", "float"),
+        help="of quantised layers; default: int8 on a CPU (float: exact, slower), float on a GPU",
+    )
+    command.add_argument(
+        "--rope-theta", type=positive, metavar="X", help="overrides the one in config.json"
     )
 
-    command = commands.add_parser(
-        "quantize", help="write a smaller checkpoint", description=quantize.__doc__
-    )
-    command.set_defaults(run=quantize, error=command.error)
+    command = _add_command(commands, quantize, "write a smaller checkpoint")
     command.add_argument("source", metavar="SRC", help="a folder or Hub repository")
     command.add_argument("target", metavar="DST", help="a folder that does not exist yet")
     command.add_argument(
@@ -118,21 +176,57 @@ def _parser() -> argparse.ArgumentParser:
         choices=("transformers", "vllm", "sglang"),
         help="the form that this engine reads right: one scheme for all layers, a 16-bit head",
     )
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    command.add_argument("--device", type=_device, default="auto", help=DEVICES)
     command.add_argument(
-        "--rope-theta", type=float, metavar="X", help="written in place of the source's"
+        "--rope-theta", type=positive, metavar="X", help="written in place of the source's"
     )
 
-    command = commands.add_parser(
-        "env", help="what is installed, built and found here", description=env.__doc__
-    )
-    command.set_defaults(run=env)
+    command = _add_command(commands, env, "what is installed, built and found here")
     command.add_argument("--json", action="store_true", help="for programs")
     return parser
 
 
+def _add_command(commands: Any, run: Callable[..., None], help_: str, hint: str = "") -> Any:
+    """A command, its examples among those of all; `hint` follows words that nobody asked for."""
+    name = run.__name__
+    examples = [line for line in EXAMPLES.splitlines() if line.startswith(f"  glm4 {name}")]
+    command = commands.add_parser(
+        name,
+        help=help_,
+        description=run.__doc__,
+        epilog="\n".join(["examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run, error=command.error, hint=hint)
+    return command
+
+
+def _number(kind: type, expected: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """What reads a flag's value for argparse."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value" by it
+    return read
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.replace(": must be ", " must be ").split())
+        if message.endswith("required: command"):
+            message += ', e.g. `glm4 generate --prompt "Hello"`'
+        if message.startswith("argument --"):
+            message = message.removeprefix("argument ")
         self.exit(2, f"glm4: {message} (see `{self.prog} --help`)\n")
 
 
@@ -142,37 +236,52 @@ def _version() -> str:
 
 def env(args: argparse.Namespace) -> None:
     """Shows versions, the CPU, GPUs, what the extension was built with, and what is missing."""
+    _check_stdout()
     found = environment()
     print(json.dumps(found, indent=2) if args.json else report(found))
 
 
 def generate(args: argparse.Namespace) -> None:
     """Continues a text, as it comes, on stdout; then says on stderr how fast that was."""
-    from glm4.checkpoint import load
-    from glm4.config_json import read_config
-    from glm4.generation import stream
+    _check_stdout()
+    if args.prompt is None and sys.stdin is None:
+        args.error("--prompt is needed, since stdin is closed")
+    drawing = {"--top-k": args.top_k, "--top-p": args.top_p, "--seed": args.seed}
+    given = [flag for flag, value in drawing.items() if value is not None]
+    if given and args.temperature is None:
+        verb = "does" if len(given) == 1 else "do"
+        args.error(
+            f"{', '.join(given)} {verb} nothing without --temperature: the likeliest token is "
+            "taken; add --temperature 1, or --temperature 0 if that is meant"
+        )
+    from glm4.checkpoint import DTYPES, examine, load, resolve_device
+    from glm4.generation import check_prompts, stream
     from glm4.hub import find_folder
     from glm4.progress import progress_bar
-    from glm4.sampling import Sampling
     from glm4.tokenizer import TextStream, Tokenizer
 
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        args.error(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    chosen = (args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
-    try:
-        Sampling(*chosen)
-    except ValueError as error:
-        args.error(str(error))
     text = _read_stdin() if args.prompt is None else args.prompt
 
     # What can be wrong with small files shows before gigabytes are read.
+    device = resolve_device(args.device)
     folder = find_folder(args.model)
-    config = read_config(folder, args.rope_theta)
+    checkpoint = examine(folder, args.rope_theta)
+    if args.activations and not args.quantize and not checkpoint.quantised:
+        args.error("--activations is for quantised layers, and here are none; add --quantize int8")
     tokenizer = Tokenizer(folder)
     prompt = tokenizer.encode(text)
-    left = config.max_positions - len(prompt)
+    left = checkpoint.config.max_positions - len(prompt)
     max_new_tokens = args.max_new_tokens or max(min(256, left), 1)
-    model = load(folder, args.device, args.dtype, args.quantize, rope_theta=args.rope_theta)
+    stored_as = DTYPES.get(args.dtype, checkpoint.dtype)
+    check_prompts(checkpoint.config, stored_as, [prompt], max_new_tokens)
+    model = load(
+        folder,
+        device,
+        args.dtype,
+        args.quantize,
+        rope_theta=args.rope_theta,
+        activations=args.activations,
+    )
 
     times = [time.perf_counter()]
     warmups: list[float] = []
@@ -181,7 +290,16 @@ def generate(args: argparse.Namespace) -> None:
         on_prefill = lambda done, total: show(done)  # noqa: E731
         on_warmup = lambda what, seconds: warmups.append(seconds)  # noqa: E731
         tokens = stream(
-            model, [prompt], max_new_tokens, *chosen, on_prefill=on_prefill, on_warmup=on_warmup
+            model,
+            [prompt],
+            max_new_tokens,
+            args.temperature or 0.0,
+            args.top_k,
+            1.0 if args.top_p is None else args.top_p,
+            args.repetition_penalty,
+            args.seed,
+            on_prefill=on_prefill,
+            on_warmup=on_warmup,
         )
         first = next(tokens)
     _write(pieces.push(first[1]))
@@ -254,7 +372,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"glm4: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in message):
         return f"out of memory: {message or 'the system has none left'}"

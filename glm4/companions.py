@@ -33,7 +33,7 @@ def copy_companions(source: Path, target: WorkingFolder, remote_code: bool) -> N
         warnings.warn(
             f"{source}: has neither tokenizer.json nor tokenizer.model, so what is written has no "
             "tokenizer either; copy one into it",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

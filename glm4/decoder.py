@@ -250,7 +250,7 @@ def read_later(values: Tensor) -> Callable[[], list[int]]:
     if values.device.type != "cuda":
         now = values.tolist()
         return lambda: now
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.current_stream(values.device).record_event()
 

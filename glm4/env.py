@@ -81,13 +81,17 @@ def missing_parts(found: dict[str, Any]) -> list[dict[str, str]]:
             "the GPU stays unused; install a CUDA build of torch",
         )
     elif not gpus:
-        note("an NVIDIA GPU", "models run on the CPU, with the references of the fused ops")
+        note(
+            "an NVIDIA GPU",
+            "models run on the CPU, in C++: slower, since its memory is",
+        )
     if found["packages"]["triton"] is None:
         note("Triton", "on a GPU, PyTorch references run in place of the fused kernels: slower")
     if "error" in built:
         note(
             f"the C++ extension of glm4-kernels ({built['error']})",
-            "int4 and int8 weights cannot run; with a C++17 compiler, run `pip install .` again",
+            "int4 and int8 weights cannot run, and PyTorch references run the rest on the CPU: "
+            "slower; with a C++17 compiler, run `pip install .` again",
         )
     elif gpus and built["cuda"] is None:
         note(

@@ -12,28 +12,35 @@ pages of a sequence that left serve the next one, whatever is still in flight.
 
 from __future__ import annotations
 
-import re
+import numbers
+import reprlib
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from glm4.cache import PAGE_SIZE, Step
+from glm4.cache import PAGE_SIZE, Step, free_bytes, gib, page_bytes
 from glm4.decoder import GRAPHS, Decoder, Rows, to_device
 from glm4.sampling import Sampling
 from glm4_kernels.library import bad_type, bad_value
 
 if TYPE_CHECKING:
-    from glm4.model import Model
+    from typing_extensions import Unpack
+
+    from glm4.model import Config, Model
 
 # Of the memory that is free, for the cache; the rest is for activations and logits.
 CACHE_SHARE = 0.9
+
+on_host = partial(torch.tensor, dtype=torch.int64, device="cpu")
 
 # Decode steps launched before the tokens of the one before are read, and tokens of a prompt that
 # one forward pass takes, by type of device. Not measured yet.
@@ -41,10 +48,33 @@ STEPS_AHEAD = {"cpu": 0, "cuda": 1}
 PREFILL_CHUNK = {"cpu": 512, "cuda": 4096}
 
 
+class Options(TypedDict, total=False):
+    """What `generate` and `stream` take besides; `stream` says what each is."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop_token_ids: Sequence[int] | None
+    n_pages: int | None
+    prefill_chunk: int | None
+    max_batch: int
+    on_prefill: Callable[[int, int], None] | None
+    on_warmup: Callable[[str, float], None] | None
+
+
 def generate(
-    model: Model, prompts: Iterable[Sequence[int]], max_new_tokens: int, **options: Any
+    model: Model,
+    prompts: Iterable[Sequence[int]],
+    max_new_tokens: int,
+    **options: Unpack[Options],
 ) -> list[list[int]]:
     """The new tokens of each prompt, a stop token included; arguments and errors as `stream`."""
+    for name in options.keys() - Options.__annotations__.keys():
+        close = get_close_matches(name, Options.__annotations__, 1)
+        known = close or Options.__annotations__
+        raise TypeError(f"generate: {name!r} is no option; there is {', '.join(known)}")
     texts: dict[int, list[int]] = {}  # in the order of the prompts, since they start in it
     for index, token in stream(model, prompts, max_new_tokens, **options):
         texts.setdefault(index, []).append(token)
@@ -94,80 +124,112 @@ def stream(
         FloatingPointError: the logits of a prompt became NaN or infinite.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    if temperature == 0 and (top_k is not None or top_p != 1.0):
+        message = "generate: top_k and top_p do nothing at temperature 0, which takes the likeliest"
+        warnings.warn(f"{message} token; give a temperature, e.g. 1", stacklevel=3)
     config = model.config
     if prefill_chunk is None:
         prefill_chunk = PREFILL_CHUNK[model.device.type]
     if stop_token_ids is None:
         stop_token_ids = config.eos_token_ids
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("prefill_chunk", prefill_chunk),
-        ("max_batch", max_batch),
-        ("n_pages", 1 if n_pages is None else n_pages),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise bad_type("generate", name, "an integer", repr(value))
-        if value < 1:
-            raise bad_value("generate", name, "at least 1", value)
+    max_new_tokens = _count("max_new_tokens", max_new_tokens)
+    prefill_chunk = _count("prefill_chunk", prefill_chunk)
+    max_batch = _count("max_batch", max_batch)
+    n_pages = None if n_pages is None else _count("n_pages", n_pages)
     stops = frozenset(_token_ids("stop_token_ids", stop_token_ids, config.vocab).tolist())
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
-        raise bad_type("generate", "prompts", "a list of lists of ids", type(prompts).__name__)
-    waiting = []
-    for index, prompt in enumerate(prompts):
-        name = f"prompts[{index}]"
-        ids = _token_ids(name, prompt, config.vocab)
-        if len(ids) == 0:
-            raise bad_value("generate", name, "at least one token", "an empty list")
-        waiting.append((index, ids))
+    waiting = list(enumerate(check_prompts(config, model.dtype, prompts, max_new_tokens)))
     lengths = [len(ids) for _, ids in waiting]
     n_pages = _plan_pages(model, lengths, max_new_tokens, n_pages, max_batch)
     engine = _Engine(model, sampling, stops, max_new_tokens, prefill_chunk, on_prefill, on_warmup)
     return engine.run(deque(waiting), n_pages, min(max_batch, len(waiting)))
 
 
+def _count(name: str, value: object) -> int:
+    """A number of tokens, sequences or pages, of any integer type."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise bad_type("generate", name, "an integer", repr(value))
+    if value < 1:
+        raise bad_value("generate", name, "at least 1", value)
+    return int(value)
+
+
+def check_prompts(
+    config: Config, dtype: torch.dtype, prompts: Iterable[Sequence[int]], max_new_tokens: int
+) -> list[Tensor]:
+    """Their ids. Refuses what is none, and prompts that no model of this config can continue."""
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+        raise bad_type("generate", "prompts", "a list of lists of ids", type(prompts).__name__)
+    found = []
+    for index, prompt in enumerate(prompts):
+        name = f"prompts[{index}]"
+        if isinstance(prompt, numbers.Integral) or getattr(prompt, "ndim", None) == 0:
+            whole = reprlib.repr(prompts) if isinstance(prompts, (list, tuple)) else "prompt"
+            actual = f"{prompt}; wrap one prompt in a list: [{whole}]"
+            raise bad_type("generate", name, "a list of token ids", actual)
+        ids = _token_ids(name, prompt, config.vocab)
+        if len(ids) == 0:
+            raise bad_value("generate", name, "at least one token", "an empty list")
+        if len(ids) + max_new_tokens > config.max_positions:
+            expected = f"at most {config.max_positions} tokens (the model's context)"
+            actual = _with_new_tokens(config, dtype, len(ids), max_new_tokens)
+            raise bad_value("generate", f"{name} with its new tokens", expected, actual)
+        found.append(ids)
+    return found
+
+
 def _token_ids(name: str, ids: object, vocab_size: int) -> Tensor:
-    """[T] int64 on the CPU."""
-    if isinstance(ids, (str, bytes)):
-        raise bad_type("generate", name, "a list of token ids", type(ids).__name__)
+    """[T] int64 on the CPU, of integers in whatever holds them."""
+    actual = type(ids).__name__ if isinstance(ids, (str, bytes)) else reprlib.repr(ids)
+    if isinstance(ids, Tensor):
+        actual = f"{ids.dtype} {list(ids.shape)}"
+        ids = None if ids.is_floating_point() else ids.numpy(force=True)
     try:
-        tensor = torch.as_tensor(ids).cpu()
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise bad_type("generate", name, "a list of token ids", type(ids).__name__) from None
-    if tensor.numel() == 0 and tensor.dim() == 1:
-        return tensor.long()
-    if tensor.dim() != 1 or tensor.dtype not in (torch.int64, torch.int32):
-        actual = f"{tensor.dtype} {list(tensor.shape)}"
+        array = numpy.asarray(ids)
+    except ValueError:  # rows of several lengths
+        array = numpy.asarray(None)
+    if array.dtype.kind == "f":  # numpy's type for none, and for some on both sides of 2^63
+        array = numpy.asarray(ids, dtype=object)
+    whole = array.dtype.kind in "iu" or all(isinstance(x, numbers.Integral) for x in array.flat)
+    if array.ndim != 1 or array.dtype.kind == "b" or not whole:
         raise bad_type("generate", name, "a list of token ids", actual)
-    outside = tensor[(tensor < 0) | (tensor >= vocab_size)]
+    outside = array[(array < 0) | (array >= vocab_size)]
     if len(outside):
-        raise bad_value("generate", name, f"token ids in [0, {vocab_size})", outside[0].item())
-    return tensor.long()
+        raise bad_value("generate", name, f"token ids in [0, {vocab_size})", outside[0])
+    return torch.from_numpy(array.astype(numpy.int64))
 
 
 def _plan_pages(
     model: Model, lengths: list[int], max_new_tokens: int, n_pages: int | None, max_batch: int
 ) -> int:
     """Refuses prompts that can never run; returns the number of pages of the cache."""
-    config = model.config
-    page_bytes = 2 * config.layers * config.kv_heads * PAGE_SIZE * config.head_dim
-    page_bytes *= model.dtype.itemsize
+    page = _page_bytes(model.config, model.dtype)
+    kept = model.decoder.cache.n_pages if model.decoder else 0  # free once it does not serve
+    free = free_bytes(model.device) + kept * page
     needs = [_pages_for(length, max_new_tokens) for length in lengths]
     room = f"{n_pages} pages of cache (n_pages)"
     if n_pages is None:
-        kept = model.decoder.cache.n_pages if model.decoder else 0  # free once it does not serve
-        affordable = int(CACHE_SHARE * (free_bytes(model.device) + kept * page_bytes)) // page_bytes
+        affordable = int(CACHE_SHARE * free) // page
         wanted = sum(sorted(needs)[-max_batch:])
         n_pages = min(_roomy(wanted) if model.device.type in GRAPHS else wanted, affordable)
-        room = f"the {_gib(n_pages * page_bytes)} that a cache may take on {model.device}"
-    context = f"{config.max_positions} tokens (the model's context)"
+        room = f"the {gib(n_pages * page)} that a cache may take on {model.device}"
+    elif n_pages * page > free:
+        expected = f"at most {free // page}, which take the {gib(free)} free on {model.device}"
+        raise bad_value("generate", "n_pages", expected, f"{n_pages} ({gib(n_pages * page)})")
     for index, (length, need) in enumerate(zip(lengths, needs, strict=True)):
-        actual = f"{length} + {max_new_tokens}, whose cache takes {_gib(need * page_bytes)}"
-        name = f"prompts[{index}] with its new tokens"
-        if length + max_new_tokens > config.max_positions:
-            raise bad_value("generate", name, f"at most {context}", actual)
         if need > n_pages:
+            actual = _with_new_tokens(model.config, model.dtype, length, max_new_tokens)
+            name = f"prompts[{index}] with its new tokens"
             raise bad_value("generate", name, f"within {room}", actual)
     return n_pages
+
+
+def _page_bytes(config: Config, dtype: torch.dtype) -> int:
+    return page_bytes(config.layers, config.kv_heads, config.head_dim, dtype)
+
+
+def _with_new_tokens(config: Config, dtype: torch.dtype, length: int, max_new_tokens: int) -> str:
+    cache = _pages_for(length, max_new_tokens) * _page_bytes(config, dtype)
+    return f"{length} + {max_new_tokens}, whose cache takes {gib(cache)}"
 
 
 def _roomy(n: int) -> int:
@@ -180,32 +242,6 @@ def _roomy(n: int) -> int:
 def _pages_for(length: int, max_new_tokens: int) -> int:
     """Pages of a whole sequence, but for its last token, which nothing ever attends to."""
     return -(-(length + max_new_tokens - 1) // PAGE_SIZE)
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.3g} GiB"
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still take on `device`; 2^62 where the system does not say."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-
-    def number(pattern: str, file: str) -> int:
-        found = re.search(pattern, Path(file).read_text(), re.MULTILINE)
-        if found is None:
-            raise ValueError(f"{file} does not say")
-        return int(found[1])
-
-    free = 2**62
-    try:
-        free = number(r"^MemAvailable:\s*(\d+)", "/proc/meminfo") << 10
-        limit = number(r"^(\d+)", "/sys/fs/cgroup/memory.max")  # a container's own
-        free = min(free, limit - number(r"^anon (\d+)", "/sys/fs/cgroup/memory.stat"))
-    except (OSError, ValueError):
-        pass  # not Linux, or no limit
-    return max(free, 0)
 
 
 @dataclass(eq=False)
@@ -334,7 +370,7 @@ class _Engine:
         tables = [s.pages + [-1] * (max_pages - len(s.pages)) for s in group]
         uniforms = [options.uniforms(s.index, max_draws) for s in group]
         seen = [options.seen(prompt, self.model.config.vocab) for prompt in prompts]
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        lengths = on_host([len(prompt) for prompt in prompts])
         numbers = torch.cat(uniforms)
         rows = Rows(
             tokens=torch.stack([prompt[-1] for prompt in prompts]),
@@ -343,7 +379,7 @@ class _Engine:
             slots=torch.full_like(lengths, -1),  # of the prompt's last token: written by now
             n_drawn=torch.zeros_like(lengths),
             uniform=pad(numbers, (0, 1))[:, 0].contiguous(),  # 0 if greedy
-            block_table=torch.tensor(tables, dtype=torch.int32),
+            block_table=on_host(tables).int(),
             uniforms=numbers,
             seen=torch.cat(seen),
         )
@@ -355,7 +391,7 @@ class _Engine:
         report = self.on_prefill or (lambda done, total: None)
         lengths = [len(sequence.prompt) for sequence in group]
         packed = to_device(torch.cat([_rows_of(s) for s in group], dim=1), self.model.device)
-        ends = torch.tensor(lengths).cumsum(0) - 1
+        ends = on_host(lengths).cumsum(0) - 1
         for start in range(0, packed.shape[1], self.prefill_chunk):
             for length in lengths:
                 report(start, length)
@@ -418,6 +454,6 @@ def _packed(starting: list[_Sequence], limit: int) -> Iterator[list[_Sequence]]:
 
 def _rows_of(sequence: _Sequence) -> Tensor:
     """Of each token of a prompt its id, position and slot: [3, T] int64."""
-    positions = torch.arange(len(sequence.prompt))
-    pages = torch.tensor(sequence.pages)[positions // PAGE_SIZE]
+    positions = torch.arange(len(sequence.prompt), dtype=torch.int64, device="cpu")
+    pages = on_host(sequence.pages)[positions // PAGE_SIZE]
     return torch.stack((sequence.prompt, positions, pages * PAGE_SIZE + positions % PAGE_SIZE))

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,14 @@ from torch import Tensor
 import glm4_kernels as gk
 from glm4.attention import Chunk, chunks_of, prefill_attention
 from glm4.cache import PAGE_SIZE, Cache, Step
-from glm4_kernels.library import bad_value
+from glm4_kernels.library import bad_type, bad_value, without_autocast
 from glm4_kernels.rope_table import MAX_THETA
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from glm4.decoder import Decoder
+    from glm4.generation import Options
 
 # A weight as `linear` takes it: a tensor, or what `gk.quantize` made of one.
 Weight = Any
@@ -211,6 +215,7 @@ class Model:
 
     @classmethod
     @torch.no_grad()
+    @without_autocast
     def random(
         cls,
         config: Config,
@@ -244,6 +249,7 @@ class Model:
         )
 
     @torch.inference_mode()
+    @without_autocast
     def forward(self, step: Step, cache: Cache) -> Tensor:
         """One pass over the rows of `step`, whose K and V it writes into `cache`.
 
@@ -261,6 +267,7 @@ class Model:
         return y
 
     @torch.inference_mode()
+    @without_autocast
     def head(self, hidden: Tensor) -> Tensor:
         """Next-token logits: [T, hidden] -> [T, vocab]."""
         return linear(hidden, self.lm_head, activations=self.activations)
@@ -275,6 +282,9 @@ class Model:
         Returns:
             float32 [B, T, vocab]: row t has seen tokens 0..t.
         """
+        if not isinstance(token_ids, Tensor):
+            actual = f"{type(token_ids).__name__}; make one by torch.tensor([[1, 2, 3]])"
+            raise bad_type("logits", "token_ids", "an int64 tensor [B, T]", actual)
         if token_ids.dim() != 2 or token_ids.dtype != torch.long:
             actual = f"{token_ids.dtype} {list(token_ids.shape)}"
             raise bad_value("logits", "token_ids", "int64 [B, T]", actual)
@@ -282,7 +292,8 @@ class Model:
         config = self.config
         if length > config.max_positions:
             raise bad_value("logits", "token_ids", f"[B, at most {config.max_positions}]", length)
-        logits = torch.empty(n_sequences, length, config.vocab, device=self.device)
+        shape = n_sequences, length, config.vocab
+        logits = torch.empty(shape, dtype=torch.float32, device=self.device)
         if token_ids.numel() == 0:
             return logits
         low, high = token_ids.min().item(), token_ids.max().item()
@@ -295,11 +306,12 @@ class Model:
         cache = self.new_cache(n_sequences * n_pages)
         table = torch.arange(n_sequences * n_pages, dtype=torch.int32, device=self.device)
         table = table.view(n_sequences, n_pages)
+        counted = partial(torch.arange, dtype=torch.int64, device=self.device)
         chunk = max(LOGITS_ROWS // n_sequences, 1)
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
-            positions = torch.arange(start, stop, device=self.device).repeat(n_sequences)
-            first_slot = torch.arange(n_sequences, device=self.device) * n_pages * PAGE_SIZE
+            positions = counted(start, stop).repeat(n_sequences)
+            first_slot = counted(0, n_sequences) * n_pages * PAGE_SIZE
             step = Step(
                 tokens=token_ids[:, start:stop].reshape(-1),
                 positions=positions,
@@ -312,7 +324,10 @@ class Model:
         return logits
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
+        self,
+        prompts: Iterable[Sequence[int]],
+        max_new_tokens: int,
+        **options: Unpack[Options],
     ) -> list[list[int]]:
         """New tokens of each prompt; `glm4.generation.generate` says what the options are."""
         from glm4.generation import generate

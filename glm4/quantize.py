@@ -33,7 +33,7 @@ from glm4.rope_config import ROPE_FIELDS, rope_fields
 from glm4.tensor_files import STORED_DTYPES, CheckpointError
 from glm4.tensor_names import Naming
 from glm4.working_folder import WorkingFolder, appearing, free_place
-from glm4_kernels.library import bad_type, bad_value
+from glm4_kernels.library import bad_type, bad_value, without_autocast
 from glm4_kernels.quantized_weight import slabs
 
 # Bytes of a shard, and so of what waits in memory to be written; a larger tensor has its own.
@@ -47,6 +47,7 @@ ENGINES = {"transformers": False, "vllm": True, "sglang": False}
 
 
 @torch.no_grad()
+@without_autocast
 def quantize_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

@@ -110,7 +110,7 @@ class QuantizedPart:
             scale, zero_point = tensors["scales"].T, self.zero_points(tensors["qzeros"])
         if not scale.isfinite().all():
             raise self.bad(name, "finite", "NaN or infinite values")
-        group = torch.arange(k) // (scheme.group_size or k)
+        group = torch.arange(k, dtype=torch.int64, device="cpu") // (scheme.group_size or k)
         for name in ("g_idx", "weight_g_idx"):
             # compressed-tensors fills one that it does not use with -1.
             if name in tensors and not (tensors[name] == -1).all():
@@ -283,7 +283,7 @@ def concatenated(codes: Sequence[Codes]) -> Codes:
         zero_point = one.zero_point
         if zero_point is None:
             half = 2 ** (one.bits - 1)
-            zero_point = torch.full(one.scale.shape, half, dtype=torch.uint8)
+            zero_point = torch.full_like(one.scale, half, dtype=torch.uint8)
         scales.append(one.scale.to(dtype).repeat_interleave(repeats, dim=1))
         zero_points.append(zero_point.repeat_interleave(repeats, dim=1))
     return Codes(
@@ -315,7 +315,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 def unpack_rows(words: Tensor, bits: int, n: int, k: int) -> Tensor:
     """int32 [N, K / V] -> uint8 [N, K]."""
-    u = torch.empty(n, k, dtype=torch.uint8)
+    u = words.new_empty((n, k), dtype=torch.uint8)
     for rows in slabs(n, k):
         u[rows] = unpack(words[rows], bits)[:, :k]
     return u
@@ -329,7 +329,7 @@ def unpack_columns(words: Tensor, bits: int, n: int, k: int) -> Tensor:
 def unpack_awq(words: Tensor, bits: int, n: int, k: int) -> Tensor:
     """int32 [K, N / 8] -> uint8 [N, K]."""
     n_words = words.shape[1]
-    u = torch.empty(n_words, 8, k, dtype=torch.uint8)
+    u = words.new_empty((n_words, 8, k), dtype=torch.uint8)
     for columns in slabs(n_words, 8 * k):
         values = unpack(words[:, columns], bits)  # [K, 8 * C]
         u[columns] = values.unflatten(1, (-1, 8))[..., AWQ_COLUMNS].permute(1, 2, 0)
@@ -342,7 +342,7 @@ def pack_quantized(codes: Codes) -> dict[str, Tensor]:
     tensors = {
         "weight_packed": pack(codes.u, codes.bits),
         "weight_scale": codes.scale.contiguous(),
-        "weight_shape": torch.tensor([n, k]),
+        "weight_shape": torch.tensor([n, k], dtype=torch.int64, device="cpu"),
     }
     if codes.zero_point is not None:
         words = pack(codes.zero_point.T, codes.bits)

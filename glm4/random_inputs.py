@@ -23,17 +23,20 @@ SEQUENCES, LENGTH = 8, 512
 BLOCK = 1024
 
 
+def random_tokens(config: Config, n: int) -> Tensor:
+    """[n] int64 on the CPU, the same each time."""
+    # Ids from the first stop id on are not text.
+    stops = [token for token in config.eos_token_ids if token > config.vocab // 2]
+    generator = torch.Generator("cpu").manual_seed(0)
+    first_stop = min(stops, default=config.vocab)
+    return torch.randint(first_stop, (n,), generator=generator, dtype=torch.int64, device="cpu")
+
+
 class RandomInputs:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.length = min(LENGTH, config.max_positions)
-        generator = torch.Generator().manual_seed(0)
-        # Ids from the first stop id on are not text.
-        stops = [token for token in config.eos_token_ids if token > config.vocab // 2]
-        n_tokens = SEQUENCES * self.length
-        self.tokens = torch.randint(
-            min(stops, default=config.vocab), (n_tokens,), generator=generator
-        )
+        self.tokens = random_tokens(config, SEQUENCES * self.length)
         self.expected = iter(config.shapes)
 
     def see(self, name: str, weight: Tensor) -> list[Tensor] | None:
@@ -70,7 +73,7 @@ class RandomInputs:
         config = self.config
         sizes = (config.heads, config.kv_heads, config.kv_heads)
         q, k, v = qkv.unflatten(1, (-1, config.head_dim)).split(sizes, dim=1)
-        positions = torch.arange(self.length, device=qkv.device).repeat(SEQUENCES)
+        positions = torch.arange(self.length, dtype=torch.int64, device=qkv.device)
         table = gk.rope_table(
             self.length,
             config.theta,
@@ -79,7 +82,7 @@ class RandomInputs:
             dtype=qkv.dtype,
             device=qkv.device,
         )
-        q, k = gk.rope(q.contiguous(), k.contiguous(), positions, table)
+        q, k = gk.rope(q.contiguous(), k.contiguous(), positions.repeat(SEQUENCES), table)
         q, k, v = (x.unflatten(0, (SEQUENCES, -1)).transpose(1, 2) for x in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return y.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -39,11 +40,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "repetition_penalty"):
-            if not _is(getattr(self, name), numbers.Real):
-                raise bad_type("generate", name, "a number", repr(getattr(self, name)))
+            _make(self, name, numbers.Real, float, "a number")
         for name in ("top_k", "seed"):
-            if getattr(self, name) is not None and not _is(getattr(self, name), numbers.Integral):
-                raise bad_type("generate", name, "an integer or None", repr(getattr(self, name)))
+            if getattr(self, name) is not None:
+                _make(self, name, numbers.Integral, int, "an integer or None")
         if not 0.0 <= self.temperature < math.inf:
             raise bad_value("generate", "temperature", "at least 0 and finite", self.temperature)
         if self.top_k is not None and self.top_k < 1:
@@ -61,7 +61,7 @@ class Sampling:
         """The numbers in [0, 1) that prompt `index` draws with: [1, n_tokens] float64 ([1, 0] if
         greedy)."""
         if self.temperature == 0.0:
-            return torch.empty(1, 0, dtype=torch.float64)
+            return torch.empty(1, 0, dtype=torch.float64, device="cpu")
         generator = numpy.random.default_rng(None if self.seed is None else self.seed + index)
         return torch.from_numpy(generator.random((1, n_tokens)))
 
@@ -84,10 +84,18 @@ class Sampling:
             [B] int64.
         """
         penalty, marks = self.repetition_penalty, seen if seen.shape[1] else None
+        top_k = None if self.top_k is None else min(self.top_k, logits.shape[1])
         if self.temperature == 0.0:
             return gk.sample(logits, seen=marks, repetition_penalty=penalty)
-        return gk.sample(logits, uniform, marks, self.temperature, self.top_k, self.top_p, penalty)
+        return gk.sample(logits, uniform, marks, self.temperature, top_k, self.top_p, penalty)
 
 
-def _is(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _make(settings: Sampling, name: str, kind: type, plain: type, expected: str) -> None:
+    """Puts a number of any such kind, numpy's too, as Python's own."""
+    value: Any = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise bad_type("generate", name, expected, repr(value))
+    try:
+        object.__setattr__(settings, name, plain(value))
+    except OverflowError:
+        object.__setattr__(settings, name, plain("-inf" if str(value)[0] == "-" else "inf"))

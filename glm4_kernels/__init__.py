@@ -6,6 +6,7 @@ from glm4_kernels.decode_schedule import decode_schedule
 from glm4_kernels.flash_decode import flash_decode
 from glm4_kernels.library import raise_device_errors
 from glm4_kernels.merge_attention import merge_attention
+from glm4_kernels.openmp import survive_forks
 from glm4_kernels.quantize import quantize
 from glm4_kernels.quantized_matmul import int8_activation_error, quantized_matmul
 from glm4_kernels.quantized_weight import QuantizedWeight
@@ -39,3 +40,5 @@ __all__ = [
     "sandwich_norm_quantized",
     "swiglu",
 ]
+
+survive_forks()

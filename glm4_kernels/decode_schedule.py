@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -124,12 +125,13 @@ def decode_schedule_reference(
     start, first_run = cost.cumsum(0) - cost, n_chunks.cumsum(0) - n_chunks
     total = max(int(cost.sum()) - 1, 0)
     used = max(min(programs, int(units.sum())), 1)
-    program = torch.arange(programs, device=device)
+    counted = partial(torch.arange, dtype=torch.int64, device=device)
+    program = counted(programs)
 
     def edge(i: Tensor) -> Tensor:
         return i.clamp(max=used) * total // used
 
-    x = edge(torch.arange(programs + 1, device=device))
+    x = edge(counted(programs + 1))
     # The sequence of each edge, the next one's for an edge in a gap; B at the very end.
     at = torch.searchsorted(start + cost - 1, x, right=True)
 
@@ -149,7 +151,7 @@ def decode_schedule_reference(
     of_programs, runs, of_sequences = parts_of(schedule, batch, programs)
     first_runs, more_runs = of_programs[::2], of_programs[1::2]
     first_runs[:, 3] = runs[:, 3] = -1
-    run = torch.arange(n_runs, device=device)
+    run = counted(n_runs)
     owner = torch.searchsorted(first_run + n_chunks, run, right=True)  # the sequence of each run
     first_unit = (run - first_run[owner]) * chunk[owner]
     end_unit = torch.minimum(first_unit + chunk[owner], units[owner])
@@ -174,7 +176,7 @@ def decode_schedule_reference(
         begun_by = ((start + 1) * used - 1) // max(total, 1)
         ended_by = ((start + units) * used - 1) // max(total, 1)
         n_splits = torch.where(units > 0, ended_by - begun_by + 1, 0)
-        first_slot = programs + torch.minimum(torch.arange(batch, device=device), begun_by)
+        first_slot = programs + torch.minimum(counted(batch), begun_by)
         slot = torch.where(n_splits > 1, first_slot, -1)[owner]
         base = begun_by
         end_unit = torch.minimum(end_unit, (edge(begun_by + 1) - start)[owner])

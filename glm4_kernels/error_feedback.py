@@ -39,7 +39,7 @@ def upper_root(moment: Tensor) -> Tensor:
     h.diagonal().copy_(diagonal + 0.01 * diagonal.mean().clamp_(min=1e-30))
     # H = M M^T with M upper, so R = M^-1; the Cholesky factor of H read backwards is M.
     m = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(m, torch.eye(len(m), device=m.device), upper=True)
+    return torch.linalg.solve_triangular(m, torch.ones_like(diagonal).diag(), upper=True)
 
 
 def round_with_feedback(
@@ -53,7 +53,7 @@ def round_with_feedback(
     n, k = weight.shape
     u = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(n, k // group_size, dtype=torch.bfloat16, device=weight.device)
-    z = torch.empty(n, k // group_size, device=weight.device)
+    z = torch.empty_like(scale, dtype=torch.float32)
     start = 0
     for root in roots:
         block = weight[:, start : start + len(root)].to(torch.float32, copy=True)
@@ -93,5 +93,5 @@ def round_group(
         w[last:].addmm_(root[first:last, last:].t(), e[first:last], alpha=-1)
     loss = e.square().sum(0).view(len(SHRINK), n)
     choice = loss.argmin(0)  # [N]
-    pick = choice * n + torch.arange(n, device=w.device)
+    pick = choice * n + torch.arange(n, dtype=torch.int64, device=w.device)
     return u[:, pick], scales[pick], z[pick], e[:, pick]

@@ -675,8 +675,8 @@ def flash_decode_cpu(
     rows = rows if rows.stride(3) == 1 else rows.contiguous()
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     seq_lens = seq_lens.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     extension().flash_decode_cpu(
         *map(buffer, (out, lse, rows, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale)),
         DTYPE_CODES[q.dtype],
@@ -814,7 +814,8 @@ def check_flash_decode_values(
     if bad.any():
         expected = f"in 0..{max_pages * page_size}"
         raise bad_value("flash_decode", "seq_lens", expected, seq_lens[bad][0].item())
-    used = torch.arange(max_pages, device=q.device) * page_size < seq_lens[:, None]
+    first_keys = torch.arange(max_pages, dtype=torch.int64, device=q.device) * page_size
+    used = first_keys < seq_lens[:, None]
     pages = block_table[used]
     bad = (pages < 0) | (pages >= n_pages)
     if bad.any():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch.autograd import forward_ad
 
 from glm4_kernels.extension import direct_call
 from glm4_kernels.triton_import import HAS_TRITON
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LIBRARY = torch.library.Library("glm4_kernels", "DEF")
 
@@ -69,6 +72,21 @@ def strided_rows(x: Tensor) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
+def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """`function` in the dtypes that it names, whatever autocast its caller is in; where there is
+    none, 0.3 us a call."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return call(*args, **options)
+        return function(*args, **options)
+
+    return call
+
+
 def register_op(
     schema: str,
     *,
@@ -103,6 +121,7 @@ def register_op(
     if written and all(isinstance(a.type, torch.OptionalType) for a in written):
         raise ValueError(f"{name}: one of what it writes must be a Tensor, got {schema}")
     qualified = schema.split("(", 1)[0]
+    reference = without_autocast(reference)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(getattr(torch.ops.glm4_kernels, name), parsed.overload_name or "default")
 

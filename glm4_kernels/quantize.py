@@ -17,7 +17,7 @@ from torch import Tensor
 from glm4_kernels.error_feedback import round_with_feedback, upper_root
 from glm4_kernels.grid_search import METHODS as GRIDS
 from glm4_kernels.grid_search import choose_grid, codes_of
-from glm4_kernels.library import bad_type, bad_value
+from glm4_kernels.library import bad_type, bad_value, without_autocast
 from glm4_kernels.quantized_weight import BITS, BLOCK, GROUP_SIZES, QuantizedWeight, slabs
 
 # Grids are chosen for this many weights at a time: what the search reads again stays in cache.
@@ -25,6 +25,7 @@ PIECE = 2**18
 METHODS = (*GRIDS, "feedback")
 
 
+@without_autocast
 def quantize(
     weight: Tensor,
     bits: int = 4,
@@ -61,8 +62,9 @@ def quantize(
         raise bad_value("quantize", "method", f"one of {', '.join(METHODS)}", repr(method))
     if method == "hqq" and symmetric:
         raise bad_value("quantize", "symmetric", "False for method 'hqq'", symmetric)
-    if not weight.is_floating_point():
-        raise bad_type("quantize", "weight", "floating point", weight.dtype)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        actual = getattr(weight, "dtype", type(weight).__name__)
+        raise bad_type("quantize", "weight", "floating point", actual)
     block = max(group_size or 0, BLOCK)
     if weight.dim() != 2 or weight.numel() == 0 or weight.shape[1] % block:
         expected = f"[N, K] with N at least 1 and K a multiple of {block}"

@@ -289,6 +289,8 @@ def quantized_matmul(
     """
     if not isinstance(qweight, QuantizedWeight):
         raise bad_type("quantized_matmul", "qweight", "a QuantizedWeight", type(qweight).__name__)
+    if not isinstance(x, Tensor):
+        raise bad_type("quantized_matmul", "x", "a tensor", type(x).__name__)
     if activations is None:
         activations = "int8" if x.is_cpu else "float"
     if activations not in ACTIVATIONS:

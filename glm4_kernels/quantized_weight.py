@@ -85,9 +85,7 @@ class QuantizedWeight:
             weight.fill(
                 rows, u[rows], scale[rows], zero_point if zero_point is None else zero_point[rows]
             )
-        if order is not None and not torch.equal(
-            order, torch.arange(len(order), device=order.device)
-        ):
+        if order is not None and not torch.equal(order, unmoved(order)):
             weight = replace(weight, order=order.to(u.device))
         return weight
 
@@ -246,6 +244,11 @@ def in_tiles(device: torch.device) -> bool:
     return device.type != "cuda"
 
 
+def unmoved(order: Tensor) -> Tensor:
+    """The permutation that leaves everything in its place, beside `order`."""
+    return torch.arange(len(order), dtype=torch.int64, device=order.device)
+
+
 def slabs(n: int, k: int) -> Iterator[slice]:
     """The rows of an [n, k] matrix in slices of whole tiles, at most about `SLAB` weights."""
     rows = max(SLAB // k // TILE, 1) * TILE
@@ -358,6 +361,6 @@ def check_codes(
         if order is not None and (
             order.shape != (k,)
             or order.dtype != torch.int64
-            or not torch.equal(order.sort().values, torch.arange(k, device=order.device))
+            or not torch.equal(order.sort().values, unmoved(order))
         ):
             raise bad_value(name, "order", f"a permutation of 0 to {k - 1}", "something else")

@@ -280,7 +280,7 @@ def rope_kv_write_cpu(
     """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
     n_tokens = qkv.shape[0]
     cache_shape = k_cache.shape
-    q = torch.empty((n_tokens, n_heads, cache_shape[3]), dtype=qkv.dtype)
+    q = qkv.new_empty((n_tokens, n_heads, cache_shape[3]))
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     table = table if table.stride(1) == 1 else table.contiguous()
     positions, slots = positions.contiguous(), slots.contiguous()

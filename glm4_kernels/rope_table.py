@@ -74,8 +74,8 @@ def rope_table(
 
     for start in range(0, max_positions, CHUNK):
         stop = min(start + CHUNK, max_positions)
-        position = torch.arange(start, stop, device=table.device).to(frequency.dtype)
-        angle = position[:, None] * frequency
+        position = torch.arange(start, stop, dtype=torch.int64, device=table.device)
+        angle = position[:, None].to(frequency.dtype) * frequency
         table[start:stop, : rotary_dim // 2] = angle.cos() * attention_factor
         table[start:stop, rotary_dim // 2 :] = angle.sin() * attention_factor
     return table
@@ -85,7 +85,7 @@ def rope_frequencies(
     theta: float, rotary_dim: int, scaling: Mapping[str, Any] | None, dtype: torch.dtype
 ) -> tuple[Tensor, float]:
     """f [rotary_dim / 2] on the CPU, computed in `dtype`, and the attention factor m."""
-    exponent = torch.arange(0, rotary_dim, 2, device="cpu").to(dtype) / rotary_dim
+    exponent = torch.arange(0, rotary_dim, 2, dtype=dtype, device="cpu") / rotary_dim
     period = float(theta) ** exponent
     yarn = yarn_entries(scaling)
     if yarn is None:
@@ -102,7 +102,7 @@ def rope_frequencies(
     low, high = max(low, 0), min(high, rotary_dim - 1)
     if low == high:
         high += 0.001
-    index = torch.arange(rotary_dim // 2, device="cpu").to(dtype)
+    index = torch.arange(rotary_dim // 2, dtype=dtype, device="cpu")
     kept = 1 - torch.clamp((index - low) / (high - low), 0, 1)
     stretched = 1.0 / (yarn["factor"] * period)
     return stretched * (1 - kept) + 1.0 / period * kept, yarn_attention_factor(yarn)

@@ -528,7 +528,7 @@ def sample_cpu(
 ) -> Tensor:
     """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
     n_rows, n_cols = logits.shape
-    chosen = torch.empty(n_rows, dtype=torch.int64)
+    chosen = logits.new_empty(n_rows, dtype=torch.int64)
     logits, scale = as_rows(logits), exponent_scale(temperature)
     uniform = None if uniform is None else uniform.contiguous()
     extension().sample_cpu(

@@ -109,7 +109,7 @@ def swiglu_cpu(gate_up: Tensor, rounding: Rounding = "hf", variant: str = "") ->
     """The C++ kernel; `variant`: one of build_info()["simd_variants"], by default the best."""
     shape = gate_up.shape
     n_cols = shape[-1] // 2
-    y = torch.empty((*shape[:-1], n_cols), dtype=gate_up.dtype)
+    y = gate_up.new_empty((*shape[:-1], n_cols))
     rows, stride = strided_rows(gate_up)
     extension().swiglu_cpu(
         buffer(y),

@@ -14,6 +14,7 @@ import warnings
 import pytest
 import torch
 from checkpoints import split_into_shards, write_checkpoint, write_json, write_tokenizer
+from conftest import REPOSITORY
 from recorded_graphs import RecordedGraphs
 from rich.console import Console
 
@@ -197,10 +198,6 @@ def no_such_device(folder):
     return ["--device", "cuda:99"]
 
 
-def no_such_dtype(folder):
-    return ["--dtype", "int3"]
-
-
 def change_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", config | changes)
@@ -228,7 +225,6 @@ def change_config(folder, **changes):
         ),
         (empty_prompt, r"the prompt is empty"),
         (no_such_device, r"device must be .* got 'cuda:99'"),
-        (no_such_dtype, r"dtype must be .* got 'int3'"),
     ],
 )
 def test_bad_input_is_one_line(folder, capsys, breaks, message):
@@ -241,15 +237,23 @@ def test_bad_input_is_one_line(folder, capsys, breaks, message):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "the following arguments are required: command"),
+        ([], 'arguments are required: command, e.g. `glm4 generate --prompt "Hello"`'),
+        (["generate", "--dtype", "int3"], "--dtype: invalid choice: 'int3'"),
+        (["generate", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["quantize", "x", "y", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N"),
+        (["generate", "hello", "you"], 'arguments: hello you; did you mean --prompt "hello you"?'),
+        (["generate", "--rope-theta", "nan"], "--rope-theta must be over 0 and finite, got nan"),
+        (["generate", "--top-p", "0.9"], "--top-p does nothing without --temperature"),
+        (["generate", "--top-k", "9", "--seed", "1"], "--top-k, --seed do nothing without --temp"),
+        (["generate", "--activations", "float", "--prompt", "a"], "and here are none; add --quan"),
         (["sing"], "invalid choice: 'sing'"),
         (["generate", "--colour"], "unrecognized arguments: --colour"),
         (["generate", "--max-new-tokens", "many"], "invalid int value: 'many'"),
         (["generate", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["generate", "--temperature", "-1"], "temperature must be at least 0 and finite, got -1"),
-        (["generate", "--top-k", "0"], "top_k must be at least 1 or None, got 0"),
-        (["generate", "--top-p", "1.5"], "top_p must be over 0 and at most 1, got 1.5"),
-        (["generate", "--repetition-penalty", "nan"], "repetition_penalty must be over 0"),
+        (["generate", "--top-k", "0"], "--top-k must be at least 1, got 0"),
+        (["generate", "--top-p", "1.5"], "--top-p must be over 0 and at most 1, got 1.5"),
+        (["generate", "--repetition-penalty", "nan"], "--repetition-penalty must be over 0"),
         (["generate", "--seed", "-1"], "seed must be at least 0"),
         (["generate", "--quantize", "int3"], "invalid choice: 'int3'"),
         (["quantize", "x"], "the following arguments are required: DST"),
@@ -269,6 +273,88 @@ def test_wrong_command_line_is_one_line(capsys, argv, message):
     assert re.fullmatch(rf"glm4: .*{re.escape(message)}.* \(see `glm4.* --help`\)\n", err), err
 
 
+HUGE = "1" + 400 * "0"
+HOSTILE = [
+    (2, "--temperature", HUGE),
+    (2, "--temperature", "nan"),
+    (2, "--temperature", "-1"),
+    (2, "--top-k", HUGE + "x"),
+    (2, "--top-k", "-" + HUGE),
+    (2, "--top-k", 5000 * "9"),
+    (2, "--top-p", "inf"),
+    (2, "--top-p", "1e-400"),
+    (2, "--seed", "-9"),
+    (2, "--seed", "1.5"),
+    (2, "--repetition-penalty", HUGE),
+    (2, "--max-new-tokens", "-" + HUGE),
+    (1, "--max-new-tokens", HUGE),
+    (2, "--rope-theta", HUGE),
+    (2, "--rope-theta", "0"),
+    (2, "--device", ""),
+    (2, "--device", "cpu:"),
+    (2, "--device", "cuda:-1"),
+    (1, "--device", f"cuda:{HUGE}"),
+    (1, "--model", "~nosuchuser/x"),
+    (1, "--model", ""),
+    (1, "--model", 5000 * "a"),
+    (1, "--model", "a/\0"),
+    (1, "--model", "/dev/null"),
+    (1, "--prompt", "\udcff"),
+    (1, "--prompt", ""),
+]
+
+
+@pytest.mark.parametrize("code, flag, value", HOSTILE, ids=lambda value: str(value)[:20])
+def test_hostile_command_lines(checkpoint_folder, capsys, monkeypatch, code, flag, value):
+    """One line and the right exit code, before the weights are read."""
+    monkeypatch.setattr("glm4.checkpoint.load", None)
+    try:
+        status = generate(checkpoint_folder, "--temperature", "1", f"{flag}={value}")
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == code and out == "" and re.fullmatch(r"glm4: .*\n", err), err
+    assert "unexpected" not in err and "None" not in err, err
+
+
+@pytest.mark.parametrize("flags", [("--seed", HUGE), ("--top-k", HUGE), ("--temperature", "1e308")])
+def test_large_numbers_are_fine(checkpoint_folder, capsys, flags):
+    assert generate(checkpoint_folder, "--temperature", "1", "--max-new-tokens", "2", *flags) == 0
+
+
+@pytest.mark.parametrize(
+    "redirection, arguments, code, message",
+    [
+        ("<&-", "generate", 2, "glm4: --prompt is needed, since stdin is closed .*"),
+        (">&-", "generate --prompt a", 1, "glm4: stdout is closed, .*"),
+        (">&-", "env", 1, "glm4: stdout is closed, .*"),
+        ("2>&-", "generate --prompt a --max-new-tokens 2", 0, ""),
+        ("2>&-", "generate --prompt a --max-new-tokens 999999", 1, ""),
+        (">/dev/full", "env", 1, r"glm4: \[Errno 28\] No space left on device"),
+        ("<&- >&- 2>&-", "env", 1, ""),
+    ],
+)
+def test_closed_streams(redirection, arguments, code, message):
+    command = f"{sys.executable} -m glm4 {arguments} {redirection}"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=REPOSITORY)
+    assert run.returncode == code, run.stderr
+    assert re.fullmatch(message + ("\n" if message else ""), run.stderr), run.stderr
+    assert code == 0 or run.stdout == ""
+
+
+def test_float_activations(checkpoint_folder, capsys):
+    flags = ("--quantize", "int4", "--device", "cpu", "--max-new-tokens", "12")
+    assert generate(checkpoint_folder, *flags, "--activations", "float") == 0
+    tokenizer = Tokenizer(checkpoint_folder)
+    model = glm4.load(checkpoint_folder, "cpu", quantize="int4", activations="float")
+    tokens = model.generate([tokenizer.encode("the word")], 12)[0]
+    assert capsys.readouterr().out == tokenizer.decode(tokens) + "\n"
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it: no Exception."""
+
+
 @pytest.mark.parametrize(
     "error, line",
     [
@@ -278,6 +364,7 @@ def test_wrong_command_line_is_one_line(capsys, argv, message):
         (OSError(28, "No space left"), r"\[Errno 28\] No space left$"),
         (KeyError("wat"), r"KeyError: 'wat' \(unexpected; `glm4 --debug \.\.\.` shows where\)$"),
         (RuntimeError("a\nb"), r"RuntimeError: a b \(unexpected"),
+        (PanicException("index out of bounds"), r"PanicException: index out .* \(unexpected"),
     ],
 )
 def test_other_errors_are_one_line_and_debug_shows_them(capsys, monkeypatch, error, line):
@@ -304,6 +391,14 @@ def test_help_shows_an_example_and_needs_no_torch():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert 'glm4 generate --prompt "In the beginning"' in run.stdout
+
+
+@pytest.mark.parametrize("command", ["generate", "quantize", "env"])
+def test_help_of_a_command_shows_its_examples(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    examples = capsys.readouterr().out.partition("examples:\n")[2].splitlines()
+    assert examples and all(line.startswith(f"  glm4 {command}") for line in examples)
 
 
 def glm4_process(*arguments):

@@ -4,12 +4,15 @@ through its block table, so that a wrong slot, page, position or length shows; t
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -235,6 +238,10 @@ def test_prompts_of_other_types(model):
     expected = [model.expected(prompt, 5) for prompt in RAGGED]
     assert generate(model, iter(RAGGED), 5) == expected
     assert generate(model, tuple(torch.tensor(prompt) for prompt in RAGGED), 5) == expected
+    for dtype in (numpy.int16, numpy.uint8, numpy.uint64):
+        prompts = [numpy.array(prompt, dtype) for prompt in RAGGED]
+        assert generate(model, prompts, numpy.int64(5), max_batch=numpy.uint8(9)) == expected
+        assert generate(model, [list(prompt) for prompt in prompts], 5) == expected
 
 
 def test_a_consumer_may_stop_early(model):
@@ -309,17 +316,38 @@ def test_bad_logits_are_an_error(model, monkeypatch, n_good):
         (ValueError, r"prompts\[0\] must be token ids in \[0, 61\), got 61", {"prompts": [[61]]}),
         (ValueError, r"prompts\[0\] must be token ids .* got -1", {"prompts": [[-1]]}),
         (TypeError, r"prompts\[0\] must be a list of token ids, got str", {"prompts": ["text"]}),
-        (TypeError, r"prompts\[0\] must be a list .* got torch.float32", {"prompts": [[1.5]]}),
-        (TypeError, r"prompts\[0\] must be a list .* got torch.bool", {"prompts": [[True]]}),
-        (TypeError, r"prompts\[0\] must be a list .* \[1, 2\]", {"prompts": [[[1, 2]]]}),
-        (TypeError, r"prompts\[0\] must be a list", {"prompts": [1, 2]}),
-        (TypeError, r"prompts\[0\] must be a list", {"prompts": [None]}),
-        (TypeError, r"prompts\[0\] must be a list", {"prompts": [[2**70]]}),
+        (TypeError, r"prompts\[0\] must be a list .* got \[1.5\]", {"prompts": [[1.5]]}),
+        (TypeError, r"prompts\[0\] must be a list .* got \[True\]", {"prompts": [[True]]}),
+        (TypeError, r"prompts\[0\] must be a list .* \[\[1, 2\]\]", {"prompts": [[[1, 2]]]}),
+        (TypeError, r"prompts\[0\] must be .* got 1; wrap one prompt in a list: \[\[1, 2\]\]$",
+         {"prompts": [1, 2]}),
+        (TypeError, r"prompts\[0\] must be .* got 3; wrap one prompt in a list: \[prompt\]$",
+         {"prompts": torch.tensor([3, 4])}),
+        (TypeError, r"prompts\[0\] must be .* got torch.float32 \[1\]",
+         {"prompts": [torch.ones(1)]}),
+        (TypeError, r"prompts\[0\] must be .* got \[\[1\], \[2, 3\]\]",
+         {"prompts": [[[1], [2, 3]]]}),
+        (TypeError, r"prompts\[0\] must be a list",
+         {"prompts": [None]}),
+        (ValueError, rf"prompts\[0\] must be token ids in .* got {2**63}$",
+         {"prompts": [[1, 2**63]]}),
+        (ValueError, rf"prompts\[0\] must be token ids in .* got {2**70}$", {"prompts": [[2**70]]}),
         (TypeError, "prompts must be a list of lists of ids, got str", {"prompts": "text"}),
         (TypeError, "prompts must be a list of lists of ids, got int", {"prompts": 3}),
         (ValueError, "max_new_tokens must be at least 1, got 0", {"max_new_tokens": 0}),
         (TypeError, "max_new_tokens must be an integer, got '9'", {"max_new_tokens": "9"}),
         (ValueError, "n_pages must be at least 1, got 0", {"n_pages": 0}),
+        (ValueError, r"n_pages must be at most \d+, which take the .* GiB free on cpu, got 10{30} ",
+         {"n_pages": 10**30}),
+        (ValueError, r"prompts\[0\] with its new tokens must be at most 512 .* got 2 \+ 10{30}",
+         {"max_new_tokens": 10**30}),
+        (TypeError, "max_new_tokens must be an integer, got nan", {"max_new_tokens": math.nan}),
+        (ValueError, "temperature must be at least 0 and finite, got inf",
+         {"temperature": 10**400}),
+        (ValueError, "repetition_penalty must be over 0 and finite, got -inf",
+         {"repetition_penalty": -10**400}),
+        (TypeError, "'temprature' is no option; there is temperature$", {"temprature": 1}),
+        (TypeError, "'sample' is no option; there is temperature, .*, on_warmup$", {"sample": 1}),
         (TypeError, r"prefill_chunk must be an integer, got 0\.5", {"prefill_chunk": 0.5}),
         (ValueError, "max_batch must be at least 1, got -1", {"max_batch": -1}),
         (ValueError, r"stop_token_ids must be token ids .* got 99", {"stop_token_ids": [99]}),
@@ -343,8 +371,27 @@ def test_bad_logits_are_an_error(model, monkeypatch, n_good):
 def test_rejects(model, error, message, change):
     arguments = {"prompts": [[1, 2]], "max_new_tokens": 4} | change
     with pytest.raises(error, match=f"^generate: {message}"):
-        stream(model, **arguments)  # at the call, not at the first token
+        generate(model, **arguments)
+    if "is no option" not in message:
+        with pytest.raises(error, match=f"^generate: {message}"):
+            stream(model, **arguments)  # at the call, not at the first token
     assert model.caches == [] and model.passes == []
+
+
+def test_every_option_is_listed():
+    options = list(inspect.signature(stream).parameters)[3:]
+    assert list(generation.Options.__annotations__) == options
+
+
+def test_what_a_greedy_text_ignores_is_told(model):
+    with pytest.warns(UserWarning, match="^generate: top_k and top_p do nothing at temperature 0"):
+        assert generate(model, RAGGED, 5, top_p=0.5) == generate(model, RAGGED, 5)
+    with pytest.warns(UserWarning, match="^generate: top_k and top_p"):
+        stream(model, RAGGED, 5, top_k=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, RAGGED, 5, seed=1)  # repeatable as it is
+        generate(model, RAGGED, 5, temperature=1.0, top_k=2**70, top_p=0.5, seed=10**400)
 
 
 def test_a_cache_over_free_memory_is_refused(model, monkeypatch):

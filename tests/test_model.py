@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,6 +288,22 @@ def test_logits_are_causal(model):
 def test_logits_rejects(tokens, message, model):
     with pytest.raises(ValueError, match=f"^logits: token_ids must be {message}"):
         model.logits(tokens)
+
+
+@pytest.mark.parametrize("tokens", [[[1, 2]], None, 3])
+def test_logits_takes_tensors(tokens, model):
+    kind = type(tokens).__name__
+    message = rf"^logits: token_ids must be an int64 tensor \[B, T\], got {kind}; make one by torch"
+    with pytest.raises(TypeError, match=message):
+        model.logits(tokens)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the system does not say")
+@pytest.mark.parametrize("n_pages", [10**9, 10**30])
+def test_a_cache_past_memory_is_refused(model, n_pages):
+    message = rf"^a cache of {n_pages} pages takes .* GiB, and .* GiB are free on"
+    with pytest.raises(MemoryError, match=message):
+        model.new_cache(n_pages)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
