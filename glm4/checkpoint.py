@@ -31,6 +31,7 @@ from glm4.quantization_config import Quantization, read_quantization
 from glm4.quantization_policy import LINEAR, Policy, policy_of, preparer
 from glm4.quantized_checkpoint import QuantizedPart, find_part, is_idle_bias, read_quantized
 from glm4.tensor_files import STORED_DTYPES, CheckpointError, Stored, find_tensors, read_json
+from glm4.threads import check_threads
 from glm4_kernels.huge_pages import zeros_in_huge_pages
 from glm4_kernels.library import bad_value
 
@@ -47,6 +48,7 @@ def load(
     rope_mode: str = "reference",
     progress: bool = True,
     activations: str | None = None,
+    threads: int | None = None,
 ) -> Model:
     """A model from a folder, from the Hugging Face Hub ("org/name"), or the bundled "demo".
 
@@ -64,6 +66,9 @@ def load(
         progress: shows a bar on stderr once loading has taken two seconds.
         activations: of quantised layers, "int8" (the CPU's default) or "float"; see
             `gk.quantized_matmul`.
+        threads: of the CPU, that each pass takes. None takes as many as torch, the affinity mask
+            and the control groups allow, and fewer while other processes need the processors; see
+            `glm4.threads`.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or not a supported GLM-4.
@@ -74,6 +79,7 @@ def load(
         raise bad_value("load", "rope_mode", "'reference' or 'exact'", repr(rope_mode))
     if activations not in (None, "int8", "float"):
         raise bad_value("load", "activations", "None, 'int8' or 'float'", repr(activations))
+    threads = check_threads("load", threads)
     if dtype != "auto" and str(dtype).removeprefix("torch.") not in DTYPES:
         raise bad_value("load", "dtype", f"'auto', {', '.join(DTYPES)}", repr(dtype))
     target = resolve_device(device)
@@ -103,7 +109,7 @@ def load(
                 read_into(weight, checkpoint.floats[name])
                 weights[name] = prepare(name, weight)
             show(done)
-    model = Model(config, weights, target, dtype, rope_mode, activations)
+    model = Model(config, weights, target, dtype, rope_mode, activations, threads)
     model.path = folder
     return model
 

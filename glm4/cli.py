@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--rope-theta", type=float, metavar="X", help="overrides the one in config.json"
     )
+    command.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of the CPU; default: all, and fewer while other processes need the processors",
+    )
 
     command = commands.add_parser(
         "quantize", help="write a smaller checkpoint", description=quantize.__doc__
@@ -149,6 +155,7 @@ def generate(args: argparse.Namespace) -> None:
     from glm4.hub import find_folder
     from glm4.progress import progress_bar
     from glm4.sampling import Sampling
+    from glm4.threads import check_threads
     from glm4.tokenizer import TextStream, Tokenizer
 
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -156,6 +163,10 @@ def generate(args: argparse.Namespace) -> None:
     chosen = (args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
     try:
         Sampling(*chosen)
+    except ValueError as error:
+        args.error(str(error))
+    try:
+        check_threads("generate", args.threads)
     except ValueError as error:
         args.error(str(error))
     text = _read_stdin() if args.prompt is None else args.prompt
@@ -167,7 +178,14 @@ def generate(args: argparse.Namespace) -> None:
     prompt = tokenizer.encode(text)
     left = config.max_positions - len(prompt)
     max_new_tokens = args.max_new_tokens or max(min(256, left), 1)
-    model = load(folder, args.device, args.dtype, args.quantize, rope_theta=args.rope_theta)
+    model = load(
+        folder,
+        args.device,
+        args.dtype,
+        args.quantize,
+        rope_theta=args.rope_theta,
+        threads=args.threads,
+    )
 
     times = [time.perf_counter()]
     warmups: list[float] = []
