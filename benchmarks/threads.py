@@ -14,8 +14,9 @@ measurement.
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,22 +96,17 @@ def made(plan: Plan) -> Model:
 @contextmanager
 def busy(n_processes: int) -> Iterator[None]:
     """Beside so many processes that never sleep."""
-    context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=spin, daemon=True) for _ in range(n_processes)]
+    spin = [sys.executable, "-c", "while True: pass"]
+    children = []
     try:
-        for child in children:
-            child.start()
+        for _ in range(n_processes):
+            children.append(subprocess.Popen(spin))
         time.sleep(1.0 if children else 0.0)  # until they spin
         yield
     finally:
         for child in children:
             child.kill()
-            child.join()
-
-
-def spin() -> None:
-    while True:
-        pass
+            child.wait()
 
 
 def turn(model: Model, seconds: float) -> dict[str, float]:
