@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import cpu_model, gpu, quality, quantized, report, summary
+from benchmarks import cpu_model, gpu, quality, quantized, report, summary, threads
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.harness import discover, run_cases
 from benchmarks.model_bench import PLANS, QUICK_PLAN, measure_model
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--quick", action="store_true", help="see that all runs; times mean nothing")
     top.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     commands = top.add_subparsers(
-        dest="command", metavar="cpu-model | gpu | quality | quantized | report"
+        dest="command", metavar="cpu-model | gpu | quality | quantized | threads | report"
     )
 
     heats = commands.add_parser(
@@ -59,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     )
     beside.add_argument("--force", action="store_true", help="run stages again that FILE holds")
 
+    shared = commands.add_parser("threads", help="one, all and the default, beside a busy process")
+    shared.add_argument("--json", metavar="FILE", type=Path, default=argparse.SUPPRESS)
+    shared.add_argument("--quick", action="store_true", default=argparse.SUPPRESS)
+
     tables = commands.add_parser("report", help="tables and plots from committed results")
     tables.add_argument("results", metavar="RESULTS_DIR", type=Path)
     tables.add_argument("--readme", type=Path, help="the file whose marked table to write")
@@ -74,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         "gpu": run_gpu,
         "quality": run_quality,
         "quantized": run_quantized,
+        "threads": run_threads,
         "report": run_report,
     }[args.command]
     try:
@@ -180,6 +185,19 @@ def run_quantized(args: argparse.Namespace) -> int:
                 write_json(args.json, {"provenance": origin, "quantized": stages})
         console.print(report.quantized_table(name, stages[name]))
     return 0 if all(quantized.ours_is_right(stages[name]) for name in wanted) else 1
+
+
+def run_threads(args: argparse.Namespace) -> int:
+    origin = announced(provenance(torch.device("cpu"), args.quick))
+    results: list[dict[str, Any]] = []
+    for plan in threads.QUICK_PLANS if args.quick else threads.PLANS:
+        with console.status(plan.model) as status:
+            for result in threads.measure(plan, status.update):
+                if args.json:
+                    write_json(args.json, {"provenance": origin, "threads": [*results, result]})
+        results.append(result)
+        console.print(report.threads_table(result))
+    return 0
 
 
 def run_quality(args: argparse.Namespace) -> int:

@@ -201,6 +201,23 @@ def heat_table(heat: Result) -> Table:
     return table
 
 
+def threads_table(result: Result) -> Table:
+    table = Table(title=f"{result['model']}, {result['layers']} layers: tokens/s", **STYLE)
+    for i, name in enumerate(("", "contender", "tokens/s", "CPU ms/token", "others' processors")):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for condition in ("quiet", "crowded"):
+        for entry in result[condition]:
+            cpu = f"{1e3 * entry['cpu_s_per_token']:.2f}"
+            speed = f"{entry['tokens_per_s']:.1f}"
+            table.add_row(condition, entry["name"], speed, cpu, f"{entry['others']:.2f}")
+    table.caption = (
+        f"default / all threads, quiet: {result['quiet_default_of_all']:.2f}; "
+        f"default / one thread, crowded: {result['crowded_default_of_one']:.2f}, "
+        f"wanted {result['crowded_wanted']}"
+    )
+    return table
+
+
 def heat_name(heat: Result) -> str:
     layers = "all" if heat["all_layers"] else heat["layers"]
     sizes = f"{layers} layers, vocabulary {heat['vocab']:,}"

@@ -33,6 +33,7 @@ from glm4.quantization_policy import LINEAR, Policy, policy_of, preparer
 from glm4.quantized_checkpoint import QuantizedPart, find_part, read_quantized
 from glm4.tensor_files import STORED_DTYPES, Stored, find_tensors
 from glm4.tensor_names import ROOTS, Naming, naming_of
+from glm4.threads import check_threads
 from glm4_kernels.huge_pages import zeros_in_huge_pages
 from glm4_kernels.library import bad_value, without_autocast
 from glm4_kernels.quantized_matmul import require_quantized_matmul
@@ -49,6 +50,7 @@ def load(
     rope_mode: str = "reference",
     progress: bool = True,
     activations: str | None = None,
+    threads: int | None = None,
 ) -> Model:
     """A model from a folder, from the Hugging Face Hub ("org/name"), or the bundled "demo".
 
@@ -67,6 +69,9 @@ def load(
         activations: of quantised layers, "int8" or "float"; see `gk.quantized_matmul`. None is
             "float" on a GPU and "int8" on a CPU, where loading then takes a few tokens through the
             model both ways and warns if a layer's output is off by over 5 %.
+        threads: of the CPU, that each pass takes. None takes as many as torch, the affinity mask
+            and the control groups allow, and fewer while other processes need the processors; see
+            `glm4.threads`.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or not a supported GLM-4.
@@ -79,6 +84,7 @@ def load(
         raise bad_value("load", "rope_mode", "'reference' or 'exact'", repr(rope_mode))
     if activations not in (None, "int8", "float"):
         raise bad_value("load", "activations", "None, 'int8' or 'float'", repr(activations))
+    threads = check_threads("load", threads)
     if dtype != "auto" and str(dtype).removeprefix("torch.") not in DTYPES:
         raise bad_value("load", "dtype", f"'auto', {', '.join(DTYPES)}", repr(dtype))
     target = resolve_device(device)
@@ -109,7 +115,7 @@ def load(
                 read_into(weight, checkpoint.floats[name])
                 weights[name] = prepare(name, weight)
             show(done)
-    model = Model(config, weights, target, dtype, rope_mode, activations)
+    model = Model(config, weights, target, dtype, rope_mode, activations, threads)
     model.path = folder
     if activations is None and target.type == "cpu":
         warn_of_int8(model)

@@ -149,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--rope-theta", type=positive, metavar="X", help="overrides the one in config.json"
     )
+    command.add_argument(
+        "--threads",
+        type=_number(int, "from 1 to 1024", lambda n: 1 <= n <= 1024),
+        metavar="N",
+        help="of the CPU; default: all, and fewer while other processes need the processors",
+    )
 
     command = _add_command(commands, quantize, "write a smaller checkpoint")
     command.add_argument("source", metavar="SRC", help="a folder or Hub repository")
@@ -281,6 +287,7 @@ def generate(args: argparse.Namespace) -> None:
         args.quantize,
         rope_theta=args.rope_theta,
         activations=args.activations,
+        threads=args.threads,
     )
 
     times = [time.perf_counter()]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
-import sys
 from pathlib import Path
 from typing import Any
+
+from glm4.processors import cpu_limits
 
 PACKAGES = ("glm4-kernels", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
         "packages": {package: version(package) for package in PACKAGES},
         "torch_cuda": torch.version.cuda,
         "nvidia_driver": _nvidia_driver(),
-        "cpu": {**_cpu(), "threads": torch.get_num_threads()},
+        "cpu": {**_cpu(), **_threads(torch.get_num_threads())},
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "extension": build_info(),
     }
@@ -54,6 +54,7 @@ def report(found: dict[str, Any]) -> str:
         lines.append(f"{package:14}{installed or 'not installed'}")
     memory = f", {cpu['memory_gib']} GiB" if cpu["memory_gib"] else ""
     lines.append(f"{'CPU':14}{cpu['model']}, {cpu['threads']} threads of {cpu['cores']}{memory}")
+    lines.append(f"{'':14}{_why(cpu)}")
     lines.append(f"{'':14}{' '.join(cpu['instruction_sets']) or 'instruction sets unknown'}")
     for gpu in found["gpus"]:
         lines.append(
@@ -126,13 +127,30 @@ def _cpu() -> dict[str, Any]:
     flags = re.search(r"^(?:flags|Features)\s*: (.+)$", info, re.MULTILINE)
     flag_set = set(flags[1].split()) if flags else set()
     memory = re.search(r"MemTotal:\s*(\d+)", _read("/proc/meminfo"))
-    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     return {
         "model": name[1] if name else platform.processor() or platform.machine(),
         "instruction_sets": [flag for flag in INSTRUCTION_SETS if flag in flag_set],
-        "cores": usable,
+        "cores": cpu_limits()["affinity"],
         "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
     }
+
+
+def _threads(torch_count: int) -> dict[str, Any]:
+    """What decides how many threads a model takes where nobody says how many."""
+    from glm4.threads import thread_waits
+
+    allowed = {"torch": torch_count, **cpu_limits()}
+    return {
+        "threads": min(allowed.values()),
+        "threads_allowed": allowed,
+        "threads_adapt": bool(thread_waits()),
+    }
+
+
+def _why(cpu: dict[str, Any]) -> str:
+    allowed = ", ".join(f"{name} {count}" for name, count in cpu["threads_allowed"].items())
+    adapt = "fewer beside busy processes" if cpu["threads_adapt"] else "always, without schedstat"
+    return f"threads: the least of {allowed}; {adapt}"
 
 
 def _read(path: str) -> str:

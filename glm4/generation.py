@@ -281,7 +281,7 @@ class _Engine:
         max_pages = max(_pages_for(len(prompt), self.max_new_tokens) for _, prompt in waiting)
         self.decoder = self.prepared(capacity, n_pages, max_pages)
         try:
-            yield from self.served(waiting, capacity)
+            yield from self.model.team.over(self.served(waiting, capacity))
         finally:
             if self.decoder.graphs is not None:
                 self.model.decoder = self.decoder

@@ -29,6 +29,7 @@ from torch import Tensor
 import glm4_kernels as gk
 from glm4.attention import Chunk, chunks_of, prefill_attention
 from glm4.cache import PAGE_SIZE, Cache, Step
+from glm4.threads import Team, check_threads
 from glm4_kernels.library import bad_type, bad_value, without_autocast
 from glm4_kernels.rope_table import MAX_THETA
 
@@ -193,15 +194,19 @@ class Model:
         dtype: torch.dtype,
         rope_mode: str = "reference",
         activations: str | None = None,
+        threads: int | None = None,
     ) -> None:
         """`weights` holds every name of `config.shapes`; `glm4.load` and `random` make them.
-        `activations` is that of `gk.quantized_matmul`, for the weights that are quantised."""
+        `activations` is that of `gk.quantized_matmul`, for the weights that are quantised;
+        `threads` that of `glm4.load`."""
         check_dtype(config, dtype)
         self.config, self.device, self.dtype = config, device, dtype
         self.embedding: Tensor = weights["embedding"]
         self.first_norm: Tensor = weights["layers.0.input_norm"]
         self.lm_head = weights["lm_head"]
         self.activations = activations
+        self.threads = check_threads("Model", threads)
+        self.team = Team(self.threads, on=device.type == "cpu")
         rope = gk.rope_table(
             config.max_positions,
             config.theta,
@@ -263,6 +268,7 @@ class Model:
             heads = self.config.heads, self.config.kv_heads
             step = replace(step, schedule=gk.decode_schedule(step.seq_lens, *heads))
         for block, k_cache, v_cache in zip(self.blocks, cache.k, cache.v, strict=True):
+            self.team.look()
             y, residual = block.forward(y, residual, step, chunks, k_cache, v_cache)
         return y
 
@@ -319,7 +325,8 @@ class Model:
                 block_table=table,
                 spans=((start, stop),) * n_sequences,
             )
-            rows = self.head(self.forward(step, cache))  # [B * (stop - start), vocab]
+            with self.team:
+                rows = self.head(self.forward(step, cache))  # [B * (stop - start), vocab]
             logits[:, start:stop] = rows.view(n_sequences, stop - start, -1)
         return logits
 

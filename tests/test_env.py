@@ -19,6 +19,7 @@ COMPLETE = {
     "nvidia_driver": "580.1",
     "cpu": {
         "model": "EPYC", "instruction_sets": ["avx2"], "cores": 2, "memory_gib": 8.0, "threads": 2,
+        "threads_allowed": {"torch": 2, "affinity": 4}, "threads_adapt": True,
     },
     "gpus": [GPU],
     "extension": BUILT,

@@ -21,6 +21,7 @@ from glm4.cache import PAGE_SIZE
 from glm4.generation import generate, stream
 from glm4.model import Config, Model
 from glm4.sampling import Sampling
+from glm4.threads import Team
 
 VOCAB = 61
 STOP = 7
@@ -33,6 +34,7 @@ class PagedHash:
     device = torch.device("cpu")
     dtype = torch.float32
     decoder = None
+    team = Team(on=False)
     config = SimpleNamespace(
         layers=40, kv_heads=2, head_dim=128, vocab=VOCAB, max_positions=MAX_POSITIONS,
         eos_token_ids=(STOP,),
