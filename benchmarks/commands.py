@@ -17,7 +17,7 @@ from rich.console import Console
 from benchmarks import cpu_model, gpu, memory, quality, quantized, report, tables
 from benchmarks.ceilings import Ceilings, CpuReadProbe, measure_ceilings
 from benchmarks.harness import discover, run_case
-from benchmarks.model_bench import PLANS, QUICK_PLAN, Plan, measure_model
+from benchmarks.model_bench import MEMORY_SHARE, PLANS, QUICK_PLAN, Plan, measure_model
 from benchmarks.peers import PEERS as CPU_PEERS
 from benchmarks.provenance import PEERS, provenance
 from benchmarks.record import FolderRecord, Record
@@ -70,7 +70,7 @@ def parser() -> Parser:
             metavar="SIZE",
             type=memory.size,
             default=default,
-            help=f"at most so much, as 4G; default: {memory.SHARE:.0%} of what is free",
+            help="at most so much, as 4G; default: a share of what is free, which the run tells",
         )
 
     common(top, None)
@@ -148,10 +148,10 @@ def announce(origin: Result, peers: tuple[str, ...] = PEERS) -> None:
         console.print(f"skipped: not installed: {', '.join(missing)}", style="dim")
 
 
-def announce_memory(asked: int | None) -> None:
+def announce_memory(asked: int | None, share: float = memory.SHARE) -> None:
     """Says how much memory the run takes at most, and why; ValueError where there is less."""
-    room, free = memory.allowed(asked), memory.free_bytes(CPU)
-    why = "--memory" if asked else f"{memory.SHARE:.0%} of the {memory.shown(free)} free"
+    room, free = memory.allowed(asked, share), memory.free_bytes(CPU)
+    why = "--memory" if asked else f"{share:.0%} of the {memory.shown(free)} free"
     console.print(f"memory: at most {memory.shown(room)} ({why})")
     with console.status("measuring the cache"):
         console.print(memory.cache_line())
@@ -227,7 +227,7 @@ def run_cpu_model(args: argparse.Namespace) -> int:
     origin = provenance(CPU, args.quick, cpu_model.PEERS)
     record = Record("cpu-model", origin, {"memory": args.memory}, args.json, args.fresh)
     announce(origin, cpu_model.PEERS)
-    announce_memory(args.memory)
+    announce_memory(args.memory, MEMORY_SHARE)
 
     def measure(heat: cpu_model.Heat, say: Say) -> Iterator[Result]:
         for grown in cpu_model.measure_heat(heat, torch.get_num_threads(), say, args.memory):

@@ -34,12 +34,15 @@ from benchmarks.ceilings import CpuReadProbe
 from benchmarks.cpu_contenders import DISTINCT, Contender, GgufWriter
 from benchmarks.harness import quantile
 from benchmarks.memory import allowed, shown
+from benchmarks.model_bench import MEMORY_SHARE
 from benchmarks.worker import Worker, WorkerError
 from glm4.model import Config
 
 Result = dict[str, Any]
 
 MAX_STEPS = 64  # of one decode turn
+# Far above the minute that loading 40 layers takes: who is silent for so long hangs.
+ANSWER_SECONDS = 900.0
 
 # Packages whose versions decide a result.
 PEERS = ("transformers", "llama-cpp-python", "gguf")
@@ -97,7 +100,7 @@ def measure_heat(
     `memory`: bytes that all contenders together may take."""
     missing = missing_contenders()
     here = tuple(name for name in heat.contenders if name not in missing)
-    config = fitted(replace(heat, contenders=here), allowed(memory))
+    config = fitted(replace(heat, contenders=here), allowed(memory, MEMORY_SHARE))
     result: Result = {
         "heat": heat.name,
         "model": heat.model,
@@ -130,8 +133,8 @@ def missing_contenders() -> dict[str, str]:
         engine = name.split()[0]
         absent = [p for p in packages.get(engine, ()) if importlib.util.find_spec(p) is None]
         if absent:
-            install = " ".join(p.replace("llama_cpp", "llama-cpp-python") for p in absent)
-            missing[name] = f"not installed: pip install {install}"
+            how = "-r benchmarks/peers/requirements.txt" if engine == "llama.cpp" else engine
+            missing[name] = f"not installed: pip install {how}"
     return missing
 
 
@@ -245,7 +248,7 @@ class Entrant:
             self.worker.end()
 
     def ask(self, command: str, *arguments: Any) -> Any:
-        return self.worker.call("answer", command, *arguments)
+        return self.worker.call("answer", command, *arguments, seconds=ANSWER_SECONDS)
 
     def take_turn(self, heat: Heat, probe: CpuReadProbe) -> None:
         if not self.prefill_turns or sum(self.prefill_turns) < heat.prefill_seconds:

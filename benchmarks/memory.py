@@ -40,15 +40,15 @@ def size(text: str) -> int:
     return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2].upper())))
 
 
-def allowed(asked: int | None = None) -> int:
-    """Bytes that a run may take: those asked for, else SHARE of what is free.
+def allowed(asked: int | None = None, share: float = SHARE) -> int:
+    """Bytes that a run may take: those asked for, else a share of what is free.
 
     Raises:
         ValueError: more were asked for than are free.
     """
     free = free_bytes(CPU)
     if asked is None:
-        return int(SHARE * free)
+        return int(share * free)
     if asked > free:
         raise ValueError(f"--memory must be at most the {shown(free)} free, got {shown(asked)}")
     return asked

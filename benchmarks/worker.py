@@ -83,7 +83,7 @@ class Worker:
             self.connection.send((method, arguments))
             if not self.connection.poll(seconds):
                 self.end()
-                raise WorkerError(f"no answer to {method} in {seconds:g} s", died=True)
+                raise WorkerError(f"no answer in {seconds:g} s", died=True)
             result, error = self.connection.recv()
         except (EOFError, OSError):
             self.connection.close()
