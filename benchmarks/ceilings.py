@@ -17,16 +17,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.memory import CPU, MIB, cache_bytes, shown
+from glm4.generation import free_bytes
 from glm4_kernels.extension import buffer, extension
 
-MIB = 1 << 20
-# Where the size of the last-level cache cannot be read: larger than most of one socket.
-UNKNOWN_CACHE = 64 * MIB
+# Of the free memory, what the buffer of a read bandwidth may take.
+BUFFER_SHARE = 1 / 8
+# Times the cache: the buffer of a read bandwidth, and the least of it that still says something.
+# With four times the cache, a quarter of what it gives comes out of it.
+BUFFER_CACHES, LEAST_CACHES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Ceilings:
 def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
     """Measures all three; `quick` shrinks the buffers so far that only their form is right."""
     cache = last_level_cache(device)
-    large = (1024 if device.type == "cuda" else 256) * MIB
-    n_bytes = 16 * MIB if quick else max(large, 8 * cache)
+    large = 1024 * MIB if device.type == "cuda" else max(256 * MIB, read_buffer_bytes())
+    n_bytes = 16 * MIB if quick else max(large, 8 * cache) if device.type == "cuda" else large
     n = 256 if quick else 8192 if device.type == "cuda" else 2048
     repeats = 2 if quick else 15
 
@@ -94,9 +97,30 @@ def has_loops() -> bool:
         return False
 
 
+def read_buffer_bytes() -> int:
+    """BUFFER_CACHES times the cache, or what memory allows.
+
+    Raises:
+        MemoryError: that would be less than LEAST_CACHES times.
+    """
+    cache = cache_bytes()
+    room = int(BUFFER_SHARE * free_bytes(CPU))
+    if room < LEAST_CACHES * cache:
+        raise MemoryError(
+            f"the read bandwidth needs a buffer of {LEAST_CACHES} times the cache's "
+            f"{shown(cache)}, and {shown(room)} are an eighth of what is free"
+        )
+    return min(BUFFER_CACHES * cache, room) >> 8 << 8
+
+
 def read_bandwidth(x: Tensor, variant: str = "") -> float:
     """Bytes per second of reading a tensor once, on torch's threads."""
     return extension().cpu_read_bandwidth(buffer(x), torch.get_num_threads(), variant)
+
+
+def one_thread_read(x: Tensor) -> float:
+    """The same on one thread."""
+    return extension().cpu_read_bandwidth(buffer(x), 1, "")
 
 
 def multiply_add_peak(seconds: float, threads: int, variant: str = "") -> float:
@@ -108,29 +132,19 @@ class CpuReadProbe:
     """Samples the read bandwidth that memory gives right now, in a few milliseconds."""
 
     def __init__(self) -> None:
-        # With four times the cache, a quarter of what it gave came out of it.
-        self.x = torch.randn(8 * last_level_cache(torch.device("cpu")) // 4)
+        self.x = torch.randn(read_buffer_bytes() // 4)
         self.has_loops = has_loops()
         self.sample()
 
     def sample(self) -> float:
-        """Bytes per second of one read of a buffer of eight times the last-level cache."""
+        """Bytes per second of one read of a buffer of several times the last-level cache."""
         if self.has_loops:
             return read_bandwidth(self.x)
         return self.x.nbytes / seconds(self.x.sum, self.x.device)
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of L2 (CUDA), or of the largest cache level of this machine."""
+    """Bytes of L2 (CUDA), or of the last-level cache that is this machine's own."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes: dict[int, dict[str, int]] = {}  # level -> the CPUs that share an instance -> bytes
-    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
-        try:
-            level = int((index / "level").read_text())
-            shared = (index / "shared_cpu_list").read_text()
-            kib = int((index / "size").read_text().strip().removesuffix("K"))
-        except (OSError, ValueError):
-            continue
-        sizes.setdefault(level, {})[shared] = kib << 10
-    return sum(sizes[max(sizes)].values()) if sizes else UNKNOWN_CACHE
+    return cache_bytes()

@@ -11,25 +11,17 @@
 Layers beyond `DISTINCT` repeat those before, in memory of their own: the bytes a step must read
 are those of the whole model, and making weights does not take longer than measuring. A heat holds
 as many layers as fit in the memory that is free. "Ours" is what `Model.generate` runs, Python
-included.
+included. A contender that dies, hangs or is wrong costs itself alone: its row says how.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
-import re
 import statistics
 import tempfile
-import time
-import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,23 +30,19 @@ import torch
 from torch import Tensor
 
 import glm4
-from benchmarks import llama_cpp
 from benchmarks.ceilings import CpuReadProbe
-from benchmarks.harness import one_line, quantile
-from benchmarks.model_bench import MEMORY_SHARE, transformers_twin
-from benchmarks.op_budget import budget
-from benchmarks.peers.serve import busy_seconds, settle
-from glm4.generation import free_bytes, stream
-from glm4.model import Config, Model, Weight, linear
-from glm4.quantization_policy import preparer
+from benchmarks.cpu_contenders import DISTINCT, Contender, GgufWriter
+from benchmarks.harness import quantile
+from benchmarks.memory import allowed, shown
+from benchmarks.model_bench import MEMORY_SHARE
+from benchmarks.worker import Worker, WorkerError
+from glm4.model import Config
 
 Result = dict[str, Any]
 
-DISTINCT = 2
-LINEAR = ("qkv", "o", "gate_up", "down", "lm_head")
-SEED_ROWS = 1024  # rows of a matrix that one seed makes
 MAX_STEPS = 64  # of one decode turn
-NEW_TOKENS = 512  # room in the cache: all decode turns together take fewer
+# Far above the minute that loading 40 layers takes: who is silent for so long hangs.
+ANSWER_SECONDS = 900.0
 
 # Packages whose versions decide a result.
 PEERS = ("transformers", "llama-cpp-python", "gguf")
@@ -105,18 +93,33 @@ HEATS = (
 QUICK_HEATS = (Heat("quick", tuple(CONTENDERS), 1, 512, 32, 1, 0.0, 0.0, 0),)
 
 
-def measure_heat(heat: Heat, threads: int, say: Callable[[str], None]) -> Iterator[Result]:
-    """Yields the heat's result after every round; it names contenders that cannot run here."""
+def measure_heat(
+    heat: Heat, threads: int, say: Callable[[str], None], memory: int | None = None
+) -> Iterator[Result]:
+    """Yields the heat's result after every round; it names contenders that cannot run here.
+    `memory`: bytes that all contenders together may take."""
     missing = missing_contenders()
     here = tuple(name for name in heat.contenders if name not in missing)
+    config = fitted(replace(heat, contenders=here), allowed(memory, MEMORY_SHARE))
     result: Result = {
         "heat": heat.name,
+        "model": heat.model,
+        "layers": config.layers,
+        "all_layers": config.layers == glm4.PRESETS[heat.model].layers,
+        "vocab": config.vocab,
+        "prompt": heat.prompt,
         "contenders": [],
         "skipped": [f"{name}: {missing[name]}" for name in heat.contenders if name in missing],
     }
     yield result
-    for more in run_heat(replace(heat, contenders=here), threads, CpuReadProbe(), say):
-        yield result | more
+    say("measuring the cache")
+    for contenders in run_heat(replace(heat, contenders=here), config, threads, say):
+        yield result | {"contenders": contenders}
+
+
+def faults(heat: Result) -> list[str]:
+    """Contenders that died or were wrong."""
+    return [f"{who['name']}: {who['note']}" for who in heat["contenders"] if "note" in who]
 
 
 def missing_contenders() -> dict[str, str]:
@@ -130,13 +133,14 @@ def missing_contenders() -> dict[str, str]:
         engine = name.split()[0]
         absent = [p for p in packages.get(engine, ()) if importlib.util.find_spec(p) is None]
         if absent:
-            install = " ".join(p.replace("llama_cpp", "llama-cpp-python") for p in absent)
-            missing[name] = f"not installed: pip install {install}"
+            how = "-r benchmarks/peers/requirements.txt" if engine == "llama.cpp" else engine
+            missing[name] = f"not installed: pip install {how}"
     return missing
 
 
-def fitted(heat: Heat, free: int) -> Config:
-    """The heat's model with as many layers as all its contenders can hold at once."""
+def fitted(heat: Heat, room: int) -> Config:
+    """The heat's model with as many layers as all its contenders can hold at once in
+    `room` bytes."""
     config = replace(
         glm4.PRESETS[heat.model], vocab=heat.vocab, layers=heat.layers, eos_token_ids=()
     )
@@ -148,58 +152,62 @@ def fitted(heat: Heat, free: int) -> Config:
         per_layer += layer * linear_bytes
         head_bytes = max(linear_bytes, 1.02)
         fixed += sizes["embedding"] * embedding_bytes + sizes["lm_head"] * head_bytes + BASE_BYTES
-    fits = int((MEMORY_SHARE * free - fixed) / per_layer)
+    fits = int((room - fixed) / per_layer)
     if fits < 1:
         raise MemoryError(
-            f"{heat.name}: one layer of each contender takes {(fixed + per_layer) / 2**30:.1f} "
-            f"GiB, {free / 2**30:.1f} GiB are free"
+            f"{heat.name}: one layer of each contender takes {shown(fixed + per_layer)}, "
+            f"{shown(room)} are allowed (--memory)"
         )
     return replace(config, layers=min(heat.layers, fits))
 
 
 def run_heat(
-    heat: Heat, threads: int, probe: CpuReadProbe, say: Callable[[str], None]
-) -> Iterator[Result]:
-    """Yields the heat's result after every round."""
-    config = fitted(heat, free_bytes(torch.device("cpu")))
+    heat: Heat, config: Config, threads: int, say: Callable[[str], None]
+) -> Iterator[list[Result]]:
+    """Yields everybody's row after every round."""
+    probe = CpuReadProbe()
     prompt = torch.randint(config.vocab, (heat.prompt,)).tolist()
-    result: Result = {
-        "model": heat.model,
-        "layers": config.layers,
-        "all_layers": config.layers == glm4.PRESETS[heat.model].layers,
-        "vocab": config.vocab,
-        "prompt": heat.prompt,
-        "contenders": [],
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        kinds = [name.split()[1] for name in heat.contenders if name.startswith("llama.cpp")]
-        if kinds:
-            say(f"{heat.name}: writing {' and '.join(kinds)} with llama.cpp")
-            quantised = in_process(write_ggufs, (config, Path(folder), kinds, threads))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        say(f"writing the files of llama.cpp, {min(config.layers, DISTINCT)} layers")
+        files = written_ggufs(heat, config, folder, threads)
         entrants = []
-        try:
-            for name in heat.contenders:
-                say(f"{heat.name}: loading {name}, {config.layers} layers")
-                entrant = Entrant(name, config, prompt, threads, Path(folder))
-                entrants.append(entrant)
-                if name.startswith("llama.cpp"):
-                    entrant.facts |= quantised[name.split()[1]]
-            compare_logits(entrants)
-            for done in range(heat.rounds):
-                say(f"{heat.name}: round {done + 1} of {heat.rounds}")
-                start = done % len(entrants)
-                for entrant in entrants[start:] + entrants[:start]:
-                    entrant.take_turn(heat, probe)
-                result["contenders"] = [entrant.judged() for entrant in entrants]
-                yield result
-            for entrant, judged in zip(entrants, result["contenders"], strict=True):
-                if entrant.name.startswith("glm4"):
-                    say(f"{heat.name}: budget of {entrant.name}")
-                    judged["budgets"] = entrant.ask("budgets")
-            yield result
-        finally:
-            for entrant in entrants:
-                entrant.stop()
+        for name in heat.contenders:
+            say(f"loading {name}, {config.layers} layers")
+            entrants.append(Entrant(name, config, prompt, threads, folder))
+            stack.callback(entrants[-1].worker.end)
+            entrants[-1].load(files.get(name, {}))
+        compare_logits(entrants)
+        for done in range(heat.rounds):
+            start = done % len(entrants)
+            for entrant in entrants[start:] + entrants[:start]:
+                say(f"round {done + 1} of {heat.rounds}, {entrant.name}")
+                entrant.tried(lambda e=entrant: e.take_turn(heat, probe))
+            yield [entrant.judged() for entrant in entrants]
+        for entrant in entrants:
+            if entrant.name.startswith("glm4"):
+                say(f"budget of {entrant.name}")
+                entrant.tried(lambda e=entrant: e.facts.update(budgets=e.ask("budgets")))
+        yield [entrant.judged() for entrant in entrants]
+
+
+def written_ggufs(heat: Heat, config: Config, folder: Path, threads: int) -> dict[str, Result]:
+    """The facts of each of llama.cpp's contenders, whose files then lie in the folder; a note of
+    what went wrong instead."""
+    names = [name for name in heat.contenders if name.startswith("llama.cpp")]
+    if not names:
+        return {}
+    worker = Worker(GgufWriter, config, folder, threads)
+    facts: dict[str, Result] = {}
+    try:
+        for name in names:
+            try:
+                facts[name] = worker.call("write", name.split()[1])
+            except WorkerError as error:
+                facts[name] = {"note": f"writing its file: {error}"}
+    finally:
+        worker.end()
+    return facts
 
 
 @dataclass(frozen=True)
@@ -210,22 +218,37 @@ class DecodeTurn:
 
 
 class Entrant:
-    """A contender as the judge sees it: the pipe to its process, and its turns."""
+    """A contender as the judge sees it: its process, and its turns. What goes wrong ends it; what
+    it did before stays."""
 
     def __init__(
         self, name: str, config: Config, prompt: list[int], threads: int, folder: Path
     ) -> None:
         self.name, self.config = name, config
-        self.process, self.pipe = spawned(serve, (name, config, prompt, threads, folder))
+        self.worker = Worker(Contender, name, config, prompt, threads, folder)
         self.decode_turns: list[DecodeTurn] = []
         self.prefill_turns: list[float] = []
         self.matmul_turns: list[float] = []
         self.steps = 1
-        self.facts: Result = receive(self.pipe, self.process, name)
+        self.facts: Result = {}
+        self.note: str | None = None
+
+    def load(self, known: Result) -> None:
+        """`known`: facts from before, or the note of what went wrong then."""
+        self.note = known.get("note")
+        self.tried(lambda: self.facts.update(self.ask("facts") | known))
+
+    def tried(self, measure: Callable[[], object]) -> None:
+        if self.note is not None:
+            return
+        try:
+            measure()
+        except WorkerError as error:
+            self.note = str(error)
+            self.worker.end()
 
     def ask(self, command: str, *arguments: Any) -> Any:
-        self.pipe.send((command, arguments))
-        return receive(self.pipe, self.process, self.name)
+        return self.worker.call("answer", command, *arguments, seconds=ANSWER_SECONDS)
 
     def take_turn(self, heat: Heat, probe: CpuReadProbe) -> None:
         if not self.prefill_turns or sum(self.prefill_turns) < heat.prefill_seconds:
@@ -248,32 +271,39 @@ class Entrant:
         return DecodeTurn(statistics.median(times), read, foreign)
 
     def judged(self) -> Result:
-        tokens, n_bytes = self.facts["prompt"], self.facts["bytes_per_token"]
-        turns = self.decode_turns
+        """Its row: of what it did not do there is nothing."""
+        judged: Result = {"name": self.name, **self.facts}
+        if self.note is None:
+            self.tried(lambda: judged.update(peak_gib=self.ask("peak_gib")))
+        if self.note is not None:
+            judged["note"] = self.note
+        if self.prefill_turns:
+            judged["prefill"] = self.judged_prefill()
+        if self.decode_turns:
+            judged["decode"] = self.judged_decode()
+        return judged
+
+    def judged_decode(self) -> Result:
+        n_bytes, turns = self.facts["bytes_per_token"], self.decode_turns
         seconds = [turn.seconds for turn in turns]
-        judged: Result = {"name": self.name, **self.facts, "peak_gib": self.ask("peak_gib")}
-        judged["decode"] = rates(seconds, 1) | {
+        return rates(seconds, 1) | {
             "gb_per_s": n_bytes / statistics.median(seconds) / 1e9,
             "share": statistics.median(n_bytes / turn.read / turn.seconds for turn in turns),
             "read_beside_gb_per_s": [round(turn.read / 1e9, 1) for turn in turns],
             "foreign": [round(turn.foreign, 3) for turn in turns],
         }
-        judged["prefill"] = rates(self.prefill_turns, tokens)
-        if self.matmul_turns:
-            pairs = zip(self.matmul_turns, self.prefill_turns, strict=True)
-            judged["prefill"] |= {
-                "of_matmuls": statistics.median(matmuls / whole for matmuls, whole in pairs),
-                "matmuls_tflop_per_s": self.facts["matmul_flops"]
-                / statistics.median(self.matmul_turns)
-                / 1e12,
-            }
-        return judged
 
-    def stop(self) -> None:
-        with suppress(OSError):
-            self.pipe.send(("stop", ()))
-        self.process.join(10)
-        self.process.kill()
+    def judged_prefill(self) -> Result:
+        judged = rates(self.prefill_turns, self.facts["prompt"])
+        if not self.matmul_turns:
+            return judged
+        pairs = zip(self.matmul_turns, self.prefill_turns, strict=False)  # the last may have failed
+        return judged | {
+            "of_matmuls": statistics.median(matmuls / whole for matmuls, whole in pairs),
+            "matmuls_tflop_per_s": self.facts["matmul_flops"]
+            / statistics.median(self.matmul_turns)
+            / 1e12,
+        }
 
 
 def read_beside(probe: CpuReadProbe) -> float:
@@ -291,310 +321,19 @@ def rates(turns: list[float], tokens: int) -> Result:
 
 
 def compare_logits(entrants: list[Entrant]) -> None:
-    """Right first: the logits after the prompt against ours in bf16, where that takes part."""
+    """Right first: the logits after the prompt against ours in bf16, where that takes part. Who is
+    wrong is not timed."""
     truths = [entrant for entrant in entrants if entrant.name == "glm4 bf16"]
-    if not truths:
-        return
-    truth = torch.from_numpy(truths[0].ask("logits")).double()
-    for entrant in entrants:
-        logits = torch.from_numpy(entrant.ask("logits")).double()
-        distance = ((logits - truth).norm() / truth.norm()).item()
-        if not distance <= TOLERANCE[entrant.name.split()[1]]:
-            raise ValueError(f"{entrant.name}: logits are off by relative L2 {distance:.1e}")
-        entrant.facts["relative_l2_of_logits"] = distance
-
-
-# Processes
-
-
-def spawned(target: Callable[..., None], arguments: tuple) -> tuple[Any, Any]:
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=target, args=(there, *arguments), daemon=True)
-    process.start()
-    there.close()
-    return process, here
-
-
-def receive(pipe: multiprocessing.connection.Connection, process: Any, name: str) -> Any:
-    try:
-        answer, failure = pipe.recv()
-    except EOFError:
-        process.join()
-        raise ChildProcessError(f"{name}: its process died ({process.exitcode})") from None
-    if failure:
-        raise ChildProcessError(f"{name}: {failure}")
-    return answer
-
-
-def in_process(function: Callable[..., Any], arguments: tuple) -> Any:
-    """What the function returns, run in a process whose memory is then free."""
-    process, pipe = spawned(answer_once, (function, arguments))
-    try:
-        return receive(pipe, process, function.__name__)
-    finally:
-        process.join()
-
-
-def answer_once(pipe: Any, function: Callable[..., Any], arguments: tuple) -> None:
-    try:
-        pipe.send((function(*arguments), None))
-    except Exception as error:
-        pipe.send((None, one_line(error)))
-
-
-def serve(
-    pipe: Any, name: str, config: Config, prompt: list[int], threads: int, folder: Path
-) -> None:
-    """A contender's process: its facts, then an answer to each command until "stop"."""
-    torch.set_num_threads(threads)
-    engine, kind = name.split()
-    try:
-        contender: Any
-        if engine == "glm4":
-            contender = Ours(config, prompt, kind)
-        elif engine == "transformers":
-            contender = Transformers(config, prompt)
-        else:
-            contender = LlamaCpp(config, prompt, folder / f"{kind}.gguf", threads)
-        pipe.send((contender.facts, None))
-        while True:
-            command, arguments = pipe.recv()
-            if command == "stop":
-                return
-            call = peak_gib if command == "peak_gib" else getattr(contender, command)
-            answer = call(*arguments)
-            settle()
-            pipe.send((answer, None))
-    except (EOFError, KeyboardInterrupt):
-        return
-    except Exception as error:
-        pipe.send((None, one_line(error)))
-
-
-def peak_gib() -> float | None:
-    """The most memory this process has held, mapped files included; None where nobody says."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    peak = re.search(r"VmHWM:\s*(\d+) kB", status)
-    return int(peak[1]) / 2**20 if peak else None
-
-
-# Contenders
-
-
-def random_weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """bfloat16, the same in every process: each block of rows from its own seed."""
-    mean = 1.0 if name.endswith("norm") else 0.0
-    weight = torch.empty(shape, dtype=torch.bfloat16)
-
-    def fill(first: int) -> None:
-        seed = zlib.crc32(f"{name} {first}".encode())
-        rows = weight[first : first + SEED_ROWS]
-        rows.normal_(mean, 0.02, generator=torch.Generator().manual_seed(seed))
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(fill, range(0, shape[0], SEED_ROWS)))
-    return weight
-
-
-def distinct_layers(config: Config) -> Config:
-    return replace(config, layers=min(config.layers, DISTINCT))
-
-
-def model_of(config: Config, kind: str) -> tuple[Model, Result]:
-    """Our model of random weights, and what preparing them took."""
-    prepare = preparer(None if kind == "bf16" else kind)
-    weights: dict[str, Weight] = {}
-    seconds = 0.0
-    with torch.no_grad():
-        for name, shape in distinct_layers(config).shapes.items():
-            weight = random_weight(name, shape)
-            began = time.perf_counter()
-            weights[name] = prepare(name, weight)
-            seconds += time.perf_counter() - began
-        for name in config.shapes:
-            if name not in weights:
-                _, layer, own = name.split(".", 2)
-                source = weights[f"layers.{int(layer) % DISTINCT}.{own}"]
-                weights[name] = copy.deepcopy(source)
-    model = Model(config, weights, torch.device("cpu"), torch.bfloat16)
-    shapes = {name: s for name, s in config.shapes.items() if name.rpartition(".")[2] in LINEAR}
-    n_linear = sum(math.prod(shape) for shape in shapes.values())
-    n_prepared = sum(
-        math.prod(shape) for name, shape in shapes.items() if name in distinct_layers(config).shapes
-    )
-    facts: Result = {
-        "linear_bits": 8 * sum(weights[name].nbytes for name in shapes) / n_linear,
-        "weight_bytes": sum(w.nbytes for name, w in weights.items() if name != "embedding"),
-        "matmul_flops": 2 * (n_linear - math.prod(config.shapes["lm_head"])),
-    }
-    if kind != "bf16":
-        facts["quantised_weights_per_s"] = n_prepared / seconds
-    return model, facts
-
-
-class Ours:
-    """What `Model.generate` does; the same generator goes on over all decode turns."""
-
-    def __init__(self, config: Config, prompt: list[int], kind: str) -> None:
-        began = time.perf_counter()
-        self.model, self.facts = model_of(config, kind)
-        self.prompt = prompt
-        self.running: Iterator[tuple[int, int]] = iter(())
-        kv = 2 * config.layers * config.kv_heads * config.head_dim * self.model.dtype.itemsize
-        self.facts |= {
-            "prompt": len(prompt),
-            "bytes_per_token": self.facts.pop("weight_bytes") + len(prompt) * kv,
-            "matmul_flops": self.facts["matmul_flops"] * len(prompt),
-            "load_seconds": time.perf_counter() - began,
-        }
-
-    def prefill(self) -> float:
-        self.running = iter(())  # frees the cache
-        began = time.perf_counter()
-        self.running = stream(self.model, [self.prompt], NEW_TOKENS, stop_token_ids=[])
-        next(self.running)
-        return time.perf_counter() - began
-
-    def decode(self, n_tokens: int) -> tuple[list[float], float]:
-        return watched(lambda: next(self.running), n_tokens)
-
-    @torch.inference_mode()
-    def matmuls(self) -> float:
-        """Seconds of the linear layers alone for the prompt's rows, measured over DISTINCT layers
-        and scaled to all."""
-        config, rows = self.model.config, len(self.prompt)
-        x, heads, gated = (
-            torch.randn(rows, k).to(self.model.dtype)
-            for k in (config.hidden, config.heads * config.head_dim, config.ffn)
+    found: dict[str, Tensor] = {}
+    for entrant in entrants if truths else ():
+        entrant.tried(
+            lambda e=entrant: found.update({e.name: torch.from_numpy(e.ask("logits")).double()})
         )
-        seconds = 0.0
-        blocks = self.model.blocks[:DISTINCT]
-        for block in blocks:
-            attention, mlp = block.attention, block.mlp
-            seconds += timed(lambda a=attention: linear(x, a.qkv, a.qkv_bias))
-            seconds += timed(lambda a=attention: linear(heads, a.o))
-            fused = not isinstance(mlp.gate_up, Tensor)
-            seconds += timed(lambda m=mlp, f=fused: linear(x, m.gate_up, swiglu=f))
-            seconds += timed(lambda m=mlp: linear(gated, m.down))
-        return seconds * config.layers / len(blocks)
-
-    def logits(self) -> Any:
-        return self.model.logits(torch.tensor([self.prompt]))[0, -1].numpy()
-
-    def budgets(self) -> Result:
-        """Where both passes go, op by op."""
-
-        def prefill() -> None:
-            next(stream(self.model, [self.prompt], 2, stop_token_ids=[]))
-
-        return {
-            "decode": budget(self.model, lambda: next(self.running), 10),
-            "prefill": budget(self.model, prefill, 2),
-        }
-
-
-class Transformers:
-    """transformers' model on the very same tensors, at its defaults."""
-
-    def __init__(self, config: Config, prompt: list[int]) -> None:
-        began = time.perf_counter()
-        model, facts = model_of(config, "bf16")
-        self.theirs = transformers_twin(model)
-        self.prompt = torch.tensor([prompt])
-        kv = 2 * config.layers * config.kv_heads * config.head_dim * model.dtype.itemsize
-        self.facts = {
-            "linear_bits": facts["linear_bits"],
-            "prompt": len(prompt),
-            "bytes_per_token": facts["weight_bytes"] + len(prompt) * kv,
-            "load_seconds": time.perf_counter() - began,
-        }
-
-    @torch.inference_mode()
-    def prefill(self) -> float:
-        from transformers import DynamicCache
-
-        self.cache = DynamicCache(config=self.theirs.config)
-        began = time.perf_counter()
-        self.token = self.step(self.prompt)
-        return time.perf_counter() - began
-
-    @torch.inference_mode()
-    def decode(self, n_tokens: int) -> tuple[list[float], float]:
-        def step() -> None:
-            self.token = self.step(self.token)
-
-        return watched(step, n_tokens)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        out = self.theirs(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(-1, keepdim=True)
-
-    @torch.inference_mode()
-    def logits(self) -> Any:
-        return self.theirs(self.prompt, logits_to_keep=1).logits[0, -1].float().numpy()
-
-
-class LlamaCpp:
-    """llama.cpp's low-level interface, greedy."""
-
-    def __init__(self, config: Config, prompt: list[int], path: Path, threads: int) -> None:
-        self.engine = llama_cpp.LlamaCpp(path, threads, len(prompt) + NEW_TOKENS)
-        self.prompt, self.token = prompt, 0
-        self.facts = {
-            "linear_bits": llama_cpp.linear_bits(path, config),
-            "prompt": len(prompt),
-            "bytes_per_token": llama_cpp.step_bytes(path, config, len(prompt)),
-            "load_seconds": self.engine.load_seconds,
-        }
-
-    def prefill(self) -> float:
-        began = time.perf_counter()
-        self.token = self.engine.next_token(self.prompt, fresh=True)
-        return time.perf_counter() - began
-
-    def decode(self, n_tokens: int) -> tuple[list[float], float]:
-        def step() -> None:
-            self.token = self.engine.next_token([self.token])
-
-        return watched(step, n_tokens)
-
-    def logits(self) -> Any:
-        return self.engine.logits(self.prompt, fresh=True).copy()
-
-
-def write_ggufs(config: Config, folder: Path, kinds: list[str], threads: int) -> dict[str, Result]:
-    """`folder/KIND.gguf` for each kind: llama.cpp quantises the distinct layers, which then
-    repeat."""
-    torch.set_num_threads(threads)
-    distinct = distinct_layers(config)
-    weights = ((name, random_weight(name, shape)) for name, shape in distinct.shapes.items())
-    source, quantised = folder / "bf16.gguf", folder / "distinct.gguf"
-    llama_cpp.write_gguf(source, distinct, weights)
-    facts = {}
-    for kind in kinds:
-        began = time.perf_counter()
-        llama_cpp.quantize(source, quantised, kind, threads)
-        n_weights = sum(math.prod(s) for s in distinct.shapes.values() if len(s) == 2)
-        facts[kind] = {"quantised_weights_per_s": n_weights / (time.perf_counter() - began)}
-        llama_cpp.repeat_layers(quantised, folder / f"{kind}.gguf", config)
-    for path in (source, quantised):
-        path.unlink()
-    return facts
-
-
-def watched(step: Callable[[], object], steps: int) -> tuple[list[float], float]:
-    """Seconds of each step, and the share of the processors' time that others used meanwhile."""
-    busy, cpu, began = busy_seconds(), time.process_time(), time.perf_counter()
-    times = [timed(step) for _ in range(steps)]
-    others = busy_seconds() - busy - (time.process_time() - cpu)
-    return times, max(others, 0.0) / ((time.perf_counter() - began) * (os.cpu_count() or 1))
-
-
-def timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+    truth = found.get("glm4 bf16")
+    for entrant in entrants:
+        if truth is None or entrant.name not in found:
+            continue
+        distance = ((found[entrant.name] - truth).norm() / truth.norm()).item()
+        entrant.facts["relative_l2_of_logits"] = distance
+        if not distance <= TOLERANCE[entrant.name.split()[1]]:
+            entrant.note = f"logits are off by relative L2 {distance:.1e}"

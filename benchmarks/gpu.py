@@ -10,9 +10,7 @@ stage. Its file grows while it runs: what was measured before a failure is kept,
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,17 +26,21 @@ from xml.etree import ElementTree
 
 import torch
 
-from benchmarks.ceilings import measure_ceilings
-from benchmarks.harness import Case, discover, is_lost, one_line, run_case
+from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.harness import Case, discover, is_lost, run_case
 from benchmarks.model_bench import Plan, decoder_at, made, measure_model, rewind
-from benchmarks.provenance import REPOSITORY, write_json
+from benchmarks.provenance import REPOSITORY
+from benchmarks.stages import Say, Stage, apart
 from benchmarks.step_profile import budget_rows, kernel_rows, profile_step, step_op_bytes
+from benchmarks.worker import Worker, WorkerError
 
 CUDA = torch.device("cuda", 0)
 
 
 @dataclass(frozen=True)
-class Stage:
+class Limited:
+    """A stage, and its time limit."""
+
     run: Callable[[], Iterator[dict[str, Any]]]  # yields its result as it grows; picklable
     minutes: float  # after these it is stopped
 
@@ -153,61 +154,57 @@ def kernels(
 
 
 def timed_apart(cases: Callable[[], list[Case]], device: torch.device) -> Iterator[tuple[str, Any]]:
-    """What `time_cases` finds in a process of its own: a case that kills it, or takes longer than
+    """What `CaseTimer` finds in a process of its own: a case that kills it, or takes longer than
     `CASE_SECONDS`, costs no more than itself. The next ones go on in another process."""
-    begun: int | None = 0
-    while begun is not None:
-        first, case, why = begun, None, ""
-        here, there = multiprocessing.Pipe(duplex=False)
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=time_cases, args=(there, cases, device, first))
-        process.start()
-        there.close()
-        try:
-            while here.poll(CASE_SECONDS if case else None):
-                kind, found = here.recv()
-                if kind == "end":
-                    begun = None
-                    break
-                if kind == "begins":
-                    case, begun = found, begun + 1
-                else:
-                    case = None
-                    yield kind, found
-            else:
-                why = f"took more than {CASE_SECONDS:g} s"
-        except EOFError:
-            why = "its process died"
-        finally:
-            process.kill()
-            process.join()
-        if case:
-            yield "failed", f"{case}: {why}"
-        elif begun == first:
-            raise ChildProcessError(f"the process of the first case: {why}")
+    worker = Worker(CaseTimer, cases, device, silent=False)
+    try:
+        ceilings = worker.call("measure_ceilings")
+        yield "ceilings", asdict(ceilings)
+        for i, case in enumerate(worker.call("names")):
+            if worker.process.poll() is not None:
+                worker = Worker(CaseTimer, cases, device, ceilings, silent=False)
+                worker.call("names")  # importing torch is no part of a case
+            try:
+                yield "ops", worker.call("time", i, seconds=CASE_SECONDS)
+            except WorkerError as error:
+                yield "failed", f"{case}: {error}"
+                if error.died or worker.call("is_lost"):
+                    worker.end()
+    finally:
+        worker.end()
 
 
-def time_cases(
-    pipe: Any, cases: Callable[[], list[Case]], device: torch.device, first: int
-) -> None:
-    """Sends the ceilings, then of each case from the `first` on that it begins and what came of it,
-    then the end. A device that a kernel has broken ends the process."""
-    ceilings = measure_ceilings(device)
-    pipe.send(("ceilings", asdict(ceilings)))
-    for case in cases()[first:]:
-        what = f"{case.op} ({case.label})"
-        pipe.send(("begins", what))
+class CaseTimer:
+    """Times cases one by one, under ceilings measured once."""
+
+    def __init__(
+        self,
+        cases: Callable[[], list[Case]],
+        device: torch.device,
+        ceilings: Ceilings | None = None,
+    ) -> None:
+        self.cases, self.device, self.ceilings = cases(), device, ceilings
+
+    def measure_ceilings(self) -> Ceilings:
+        self.ceilings = measure_ceilings(self.device)
+        return self.ceilings
+
+    def names(self) -> list[str]:
+        return [f"{case.op} ({case.label})" for case in self.cases]
+
+    def time(self, i: int) -> dict[str, Any]:
+        assert self.ceilings is not None
         try:
-            done = run_case(case, device, ceilings)
-        except Exception as error:
+            done = run_case(self.cases[i], self.device, self.ceilings)
+        except Exception:
             traceback.print_exc()
-            pipe.send(("failed", f"{what}: {one_line(error)}"))
-            if is_lost():
-                return
-        else:
-            pipe.send(("ops", done))
-            print(f"{what}: {times(done)}", flush=True)
-    pipe.send(("end", None))
+            raise
+        print(f"{self.names()[i]}: {times(done)}", flush=True)
+        return done
+
+    def is_lost(self) -> bool:
+        """Whether a kernel has failed on the GPU, so that the next case needs another process."""
+        return is_lost()
 
 
 def times(op: dict[str, Any]) -> str:
@@ -277,78 +274,24 @@ MODELS = {
 }
 
 STAGES = {
-    "build": Stage(build, 7.5),
-    "tests": Stage(tests, 7.8),
-    **{name: Stage(partial(kernels, partial(cases_of, name)), 7.8) for name in KERNELS},
-    **{name: Stage(partial(model, plan), 7.8) for name, plan in MODELS.items()},
-    "profile": Stage(
+    "build": Limited(build, 7.5),
+    "tests": Limited(tests, 7.8),
+    **{name: Limited(partial(kernels, partial(cases_of, name)), 7.8) for name in KERNELS},
+    **{name: Limited(partial(model, plan), 7.8) for name, plan in MODELS.items()},
+    "profile": Limited(
         partial(profile, Plan("glm-4-9b-chat", batches=(1, 8), contexts=(1024, 131072))), 5.0
     ),
-    "profile-0414": Stage(
+    "profile-0414": Limited(
         partial(profile, Plan("glm-4-9b-0414", batches=(1, 64), contexts=(1024,))), 5.0
     ),
 }
 
 
-def run_stages(
-    stages: dict[str, Stage],
-    out: Path,
-    origin: dict[str, Any],
-    force: bool = False,
-    say: Callable[[str], None] = print,
-) -> list[str]:
-    """Runs the stages in order and returns the names of those that failed.
-
-    A stage whose file says that it ended well is not run again, unless `force`.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for name, stage in stages.items():
-        file = out / f"{name}.json"
-        if not force and file.exists() and json.loads(file.read_text())["error"] is None:
-            say(f"{name}: done before, kept")
-            continue
-        say(f"{name}: at most {stage.minutes:g} minutes")
-        began = time.monotonic()
-        error = run_stage(name, stage, file, origin)
-        if error:
-            failed.append(name)
-        say(f"{name}: {error or 'done'} ({time.monotonic() - began:.0f} s)")
-    return failed
+def stages(names: list[str]) -> list[Stage]:
+    """Those stages, each as `run_stages` wants it: in a process of its own."""
+    return [Stage(name, partial(measured, STAGES[name])) for name in names]
 
 
-def run_stage(name: str, stage: Stage, file: Path, origin: dict[str, Any]) -> str | None:
-    """Runs one stage in a process; what went wrong, if anything did, is also in its file."""
-    head = {"stage": name, "provenance": origin, "error": "did not end"}
-    write_json(file, head)
-    process = multiprocessing.get_context("spawn").Process(target=_child, args=(stage, file, head))
-    process.start()
-    assert process.pid is not None
-    process.join(60 * stage.minutes)
-    late = process.is_alive()
-    if late:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its compilers and test processes too
-        process.kill()
-        process.join()
-    result = json.loads(file.read_text())
-    if late:
-        result["error"] = f"stopped after {stage.minutes:g} minutes"
-    elif process.exitcode != 0 and result["error"] == head["error"]:
-        result["error"] = f"its process died ({process.exitcode})"
-    write_json(file, result)
-    return result["error"]
-
-
-def _child(stage: Stage, file: Path, head: dict[str, Any]) -> None:
-    os.setsid()
-    began = time.monotonic()
-    result: dict[str, Any] = {}
-    try:
-        for result in stage.run():
-            write_json(file, head | result)
-        error = None
-    except Exception as raised:
-        traceback.print_exc()
-        error = one_line(raised)
-    write_json(file, head | result | {"error": error, "seconds": time.monotonic() - began})
+def measured(stage: Limited, say: Say) -> Iterator[dict[str, Any]]:
+    say(f"at most {stage.minutes:g} minutes")
+    return apart(stage.run, stage.minutes)

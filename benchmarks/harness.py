@@ -28,6 +28,7 @@ from torch import Tensor
 
 import benchmarks
 from benchmarks.ceilings import Ceilings, CpuReadProbe, seconds
+from benchmarks.worker import one_line
 
 OURS = "glm4_kernels"
 # A tiny op would need thousands of sets to leave the cache; decode finds it there anyway.
@@ -195,12 +196,6 @@ def is_lost() -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def one_line(error: BaseException) -> str:
-    """Type and first line of the message; results carry no traceback."""
-    message = str(error).strip().split("\n")[0][:200]
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def first_output(result: Any) -> Tensor:

@@ -3,10 +3,10 @@ its low-level interface driven directly, so that nothing of Python stands betwee
 
     checkpoint (bf16) -> write_gguf -> llama_model_quantize -> repeat_layers -> LlamaCpp
 
-Needs `pip install gguf llama-cpp-python` (built for this machine: its setup compiles with
-GGML_NATIVE). GLM-4-9B is llama.cpp's architecture `chatglm`, the 0414 models are its `glm4`; both
-want q, k and v as one matrix and gate and up as one, gate first, as we hold them. The vocabulary
-is left out: tokens come as numbers.
+Needs gguf and llama-cpp-python, built for this machine as peers/requirements.txt says. GLM-4-9B is
+llama.cpp's architecture `chatglm`, the 0414 models are its `glm4`; both want q, k and v as one
+matrix and gate and up as one, gate first, as we hold them. The vocabulary is left out: tokens come
+as numbers.
 """
 
 from __future__ import annotations

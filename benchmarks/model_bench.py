@@ -25,7 +25,7 @@ from torch import Tensor
 
 import glm4
 from benchmarks.ceilings import Ceilings, CpuReadProbe, seconds
-from benchmarks.harness import one_line
+from benchmarks.worker import one_line
 from glm4.cache import PAGE_SIZE
 from glm4.decoder import Decoder
 from glm4.generation import free_bytes, stream

@@ -14,7 +14,7 @@ method's damage as a share of plain rounding's, its interval a bootstrap over wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -161,67 +161,69 @@ def losses(model: Model, ids: Tensor, sure: Tensor | None = None) -> tuple[float
     return loss, kl, log_p
 
 
-def measure(
-    contenders: dict[str, Policy], draws: int, limit: int | None, say: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
-    """Yields the result after each draw. `limit`: so many windows of each text only."""
+def measure_draw(
+    contenders: dict[str, Policy], draw: int, limit: int | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Of one draw of the rounding, window by window: every contender's rise of the loss, and its
+    KL divergence. `limit`: so many windows of each text only."""
     config, weights = demo()
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     texts = {
         text: windows((DEMO / f"heldout.{text}.txt").read_text("utf-8"), tokenizer)[:limit]
         for text in TEXTS
     }
+    n_windows = sum(map(len, texts.values()))
     base = Model(config, weights, torch.device("cpu"), torch.float32)
-    rises: dict[str, list[Tensor]] = {name: [] for name in contenders}
-    kls: dict[str, list[Tensor]] = {name: [] for name in contenders}
-    where = [text for text, ids in texts.items() for _ in ids]
-    for draw in range(draws):
-        drawn = permuted(config, weights, draw)
-        models = {
-            name: Model(
-                config, quantised(config, drawn, policy), torch.device("cpu"), torch.float32
-            )
-            for name, policy in contenders.items()
+    drawn = permuted(config, weights, draw)
+    models = {}
+    for name, policy in contenders.items():
+        say(f"quantising: {name}")
+        made = quantised(config, drawn, policy)
+        models[name] = Model(config, made, torch.device("cpu"), torch.float32)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for i, ids in enumerate(ids for batch in texts.values() for ids in batch):
+        say(f"window {i + 1} of {n_windows}")
+        loss, _, sure = losses(base, ids)
+        for name, model in models.items():
+            theirs, kl, _ = losses(model, ids, sure)
+            found[name].append((theirs - loss, kl))
+    return {
+        "windows": {text: len(ids) for text, ids in texts.items()},
+        "bits_per_weight": {n: bits_per_weight(config, p) for n, p in contenders.items()},
+        "rise": {name: [rise for rise, _ in pairs] for name, pairs in found.items()},
+        "kl": {name: [kl for _, kl in pairs] for name, pairs in found.items()},
+    }
+
+
+def summary(draws: list[dict[str, Any]]) -> dict[str, Any]:
+    """What several draws of the same windows say together."""
+    first = draws[0]
+    where = [text for text, n in first["windows"].items() for _ in range(n)]
+    rise, kl = (
+        {
+            name: torch.tensor([draw[what][name] for draw in draws], dtype=torch.float64).mean(0)
+            for name in first[what]
         }
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-        for i, ids in enumerate(ids for batch in texts.values() for ids in batch):
-            say(f"draw {draw + 1} of {draws}, window {i + 1} of {len(where)}")
-            loss, _, sure = losses(base, ids)
-            for name, model in models.items():
-                theirs, kl, _ = losses(model, ids, sure)
-                found[name].append((theirs - loss, kl))
-        for name, pairs in found.items():
-            rise, kl = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-            rises[name].append(rise)
-            kls[name].append(kl)
-        rise = {name: torch.stack(parts).mean(0) for name, parts in rises.items()}
-        kl = {name: torch.stack(parts).mean(0) for name, parts in kls.items()}
-        yield {
-            "model": "demo",
-            "draws": draw + 1,
-            "window": WINDOW,
-            "windows": {text: len(ids) for text, ids in texts.items()},
-            "contenders": [
-                {
-                    "name": name,
-                    "bits_per_weight": bits_per_weight(config, policy),
-                    "all": interval(rise[name]),
-                    **{text: interval(rise[name][[w == text for w in where]]) for text in TEXTS},
-                    "kl_nats": plain_interval(kl[name]),
-                    "share": {
-                        other: share(rise[name], rise[other])
-                        for other in BASELINES
-                        if other in contenders
-                    },
-                    "kl_share": {
-                        other: share(kl[name], kl[other])
-                        for other in BASELINES
-                        if other in contenders
-                    },
-                }
-                for name, policy in contenders.items()
-            ],
-        }
+        for what in ("rise", "kl")
+    )
+    return {
+        "model": "demo",
+        "draws": len(draws),
+        "window": WINDOW,
+        "windows": first["windows"],
+        "contenders": [
+            {
+                "name": name,
+                "bits_per_weight": bits,
+                "all": interval(rise[name]),
+                **{text: interval(rise[name][[w == text for w in where]]) for text in TEXTS},
+                "kl_nats": plain_interval(kl[name]),
+                "share": {o: share(rise[name], rise[o]) for o in BASELINES if o in rise},
+                "kl_share": {o: share(kl[name], kl[o]) for o in BASELINES if o in kl},
+            }
+            for name, bits in first["bits_per_weight"].items()
+        ],
+    }
 
 
 def plain_interval(x: Tensor) -> dict[str, float]:

@@ -4,8 +4,10 @@
     python -m benchmarks quantized --json FILE --stage o  only this matrix
 
 A stage is a matrix. Each peer is a process of its own (`peers/`), and prepares copies of each of
-its weights that together are eight times the last-level cache, so that no call finds its weight
-there (in the stage `in_cache` on purpose). Then, for each M:
+its weights that together are eight times the last-level cache, or four times at least where memory
+is short, so that no call finds its weight there (in the stage `in_cache` on purpose). A contender
+that kills its process costs itself alone: the peer's others are prepared again in another. Then,
+for each M:
 
 right   every contender multiplies the same activations; relative L2 of the result against fp64
         and the weights before they were quantised. One beyond TOLERANCE is not timed.
@@ -19,29 +21,27 @@ judge   medians and quartiles over rounds of each turn's median; share of the fl
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.ceilings import MIB, CpuReadProbe, last_level_cache, multiply_add_peak
+from benchmarks.ceilings import BUFFER_CACHES, LEAST_CACHES, CpuReadProbe, multiply_add_peak
 from benchmarks.harness import quantile
+from benchmarks.memory import MIB, allowed, cache_bytes, shown
 from benchmarks.peers import PEERS
-from benchmarks.provenance import REPOSITORY, installed_version
+from benchmarks.peers.serve import Peer
+from benchmarks.provenance import installed_version
 from benchmarks.shapes import SHAPES
+from benchmarks.worker import Worker, WorkerError
 
 MODEL = "glm-4-9b"
 TOKENS = (1, 4, 16, 128, 512)
@@ -51,7 +51,6 @@ SLOW = 3.0
 FOREIGN = 0.15  # share of the processors' time in a turn; its clock ticks every 10 ms
 RETRIES = 2
 PEAK_SECONDS = 0.002
-ANSWER_SECONDS = 600
 # Rows of W that are random; the rest repeats them.
 ROWS = 1024
 
@@ -82,50 +81,70 @@ QUICK = Effort(rounds=1, turn_seconds=0.0)
 
 
 class PeerProcess:
-    """A peer, its process, and what it has prepared. A call that fails raises PeerError."""
+    """A peer, its process, and what it has prepared. A call that fails raises WorkerError."""
 
     def __init__(self, module: str, threads: int) -> None:
-        self.module = module
-        here, there = Pipe()
-        self.connection = here
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peers.serve", module, str(there.fileno())],
-            pass_fds=[there.fileno()],
-            cwd=REPOSITORY,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        there.close()
+        self.module, self.threads = module, threads
+        self.problem: tuple[Path, int, int, int] | None = None
+        self.held: dict[str, np.ndarray | None] = {}  # contenders prepared, and what they multiply
+        self.dead: dict[str, str] = {}  # contenders that killed their process, and how
+        self.worker = self.started()
 
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            try:
-                self.connection.send((method, arguments))
-                if not self.connection.poll(ANSWER_SECONDS):
-                    self.close()
-                    raise PeerError(f"no answer to {method} in {ANSWER_SECONDS} s")
-                result, error = self.connection.recv()
-            except (EOFError, OSError):
-                raise PeerError(f"its process died ({self.process.poll()})") from None
-            if error is not None:
-                raise PeerError(error)
-            return result
+    def started(self) -> Worker:
+        environment = {"OMP_NUM_THREADS": str(self.threads), "PYTHONWARNINGS": "ignore"}
+        return Worker(Peer, self.module, environment=environment)
 
-        return call
+    def describe(self) -> list[dict[str, Any]]:
+        return self.worker.call("describe")
 
-    def close(self) -> None:
-        self.connection.close()
+    def pose(self, rows: Path, n: int, rotate_bytes: int) -> None:
+        self.problem = (rows, n, rotate_bytes, self.threads)
+        self.worker.call("pose", *self.problem)
+
+    def prepare(self, name: str) -> dict[str, int]:
+        prepared = self.ask("prepare", name)
+        self.held[name] = None
+        return prepared
+
+    def multiply(self, name: str, x: np.ndarray) -> np.ndarray:
+        y = self.ask("multiply", name, x)
+        self.held[name] = x
+        return y
+
+    def turn(self, name: str, seconds: float) -> dict[str, Any]:
+        return self.ask("turn", name, seconds)
+
+    def ask(self, method: str, name: str, *arguments: Any) -> Any:
+        if name in self.dead:
+            raise WorkerError(f"not asked again: {self.dead[name]}")
         try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            return self.worker.call(method, name, *arguments)
+        except WorkerError as error:
+            if error.died:
+                self.dead[name] = str(error)
+                self.revive()
+            raise
 
+    def revive(self) -> None:
+        """Another process, in which all but the dead are prepared again."""
+        self.worker.end()
+        held, self.held = self.held, {}
+        self.worker = self.started()
+        try:
+            self.describe()
+            if self.problem:
+                self.worker.call("pose", *self.problem)
+        except WorkerError as error:
+            self.dead |= dict.fromkeys(held, str(error))
+            return
+        for name, x in held.items():
+            with suppress(WorkerError):  # who dies here is told at its next call
+                self.prepare(name)
+                if x is not None:
+                    self.multiply(name, x)
 
-class PeerError(RuntimeError):
-    pass
+    def end(self) -> None:
+        self.worker.end()
 
 
 def start_peers(
@@ -135,10 +154,10 @@ def start_peers(
     processes = [PeerProcess(name, threads) for name in names]
     started, skipped = {}, []
     for peer in processes:
-        stack.callback(peer.close)
+        stack.callback(peer.end)
         try:
             started[peer] = peer.describe()
-        except PeerError as error:
+        except WorkerError as error:
             skipped.append(f"{PEERS[peer.module]}: {error}")
     return started, skipped
 
@@ -160,23 +179,30 @@ def run_stage(
     peers: list[str],
     effort: Effort = Effort(),
     say: Callable[[str], None] = lambda what: None,
+    memory: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the stage's result as it grows."""
+    """Yields the stage's result as it grows; `memory`: bytes that it may take."""
     threads = torch.get_num_threads()
-    probe = Probe(threads)
     began = time.monotonic()
     with ExitStack() as stack:
         say("starting the peers")
         started, skipped = start_peers(peers, threads, stack)
+        bits = [contender["bits"] for of_peer in started.values() for contender in of_peer]
+        say("measuring the cache")
+        rotate = rotate_bytes(stage, bits, allowed(memory))
+        say(f"{len(bits)} contenders, copies of {shown(rotate)} each")
+        probe = Probe(threads)
         result: dict[str, Any] = {
             "n": stage.n,
             "k": stage.k,
             "in_cache": stage.in_cache,
-            "rotate_bytes": rotate_bytes(stage),
+            "rotate_bytes": rotate,
+            "cache_bytes": cache_bytes(),
             "peers": peers,
             "versions": {PEERS[p.module]: installed_version(PEERS[p.module]) for p in started},
             "skipped": skipped,
             "contenders": [],
+            "died": [],
             "tokens": stage.tokens,
             "timed": [],
         }
@@ -185,7 +211,7 @@ def run_stage(
         np.save(folder / "rows.npy", rows)
         entrants = []
         for peer, contenders in started.items():
-            peer.pose(folder / "rows.npy", stage.n, rotate_bytes(stage), threads)
+            peer.pose(folder / "rows.npy", stage.n, rotate)
             for contender in contenders:
                 say(f"preparing {contender['name']}")
                 entry = contender | {"peer": peer.module, "tokens": {}}
@@ -193,18 +219,44 @@ def run_stage(
                 try:
                     entry |= peer.prepare(contender["name"])
                     entrants.append(Entrant(peer, entry))
-                except PeerError as error:
+                except WorkerError as error:
                     entry["note"] = str(error)
         for n_tokens in stage.tokens:
             measure(entrants, rows, n_tokens, stage, effort, probe, say)
             result["timed"].append(n_tokens)
             result["seconds"] = round(time.monotonic() - began)
+            result["died"] = [f"{who}: {how}" for peer in started for who, how in peer.dead.items()]
             yield result
 
 
-def rotate_bytes(stage: Stage) -> int:
-    cache = last_level_cache(torch.device("cpu"))
-    return cache * 3 // 8 if stage.in_cache else max(8 * cache, 192 * MIB)
+# A peer's process before it has a weight: torch, or another runtime.
+PEER_BYTES = 400 * MIB
+
+
+def rotate_bytes(stage: Stage, bits: list[int], room: int) -> int:
+    """Bytes of the copies of one contender's weight, at least: BUFFER_CACHES times the cache, or
+    what `room` leaves to each of the contenders, whose weights have so many bits.
+
+    Raises:
+        MemoryError: that is less than LEAST_CACHES times the cache: calls would find their weights
+            there.
+    """
+    cache = cache_bytes()
+    if stage.in_cache:
+        return cache * 3 // 8
+    values = stage.n * stage.k
+    # Copies end past the bytes asked for by up to a weight; one is made at a time, out of two in
+    # 16 bits.
+    taken = len(PEERS) * PEER_BYTES + 4 * values + sum(values * b * 9 // 64 for b in bits)
+    each = (room - taken) // max(1, len(bits))
+    least = LEAST_CACHES * cache
+    if each < least:
+        needed = taken + len(bits) * least
+        raise MemoryError(
+            f"{len(bits)} contenders need {shown(needed)}, with copies of {LEAST_CACHES} times the "
+            f"cache's {shown(cache)} each; {shown(room)} are allowed (--memory, --peers)"
+        )
+    return min(each, max(BUFFER_CACHES * cache, 192 * MIB))
 
 
 def random_rows(stage: Stage) -> np.ndarray:
@@ -233,7 +285,7 @@ def measure(
         figures = entrant.result["tokens"][key] = {"status": "ok"}
         try:
             y = entrant.peer.multiply(entrant.name, x)
-        except PeerError as error:
+        except WorkerError as error:
             figures |= {"status": "failed", "note": str(error)}
             continue
         l2 = (
@@ -262,41 +314,41 @@ def take_turns(
     say: Callable[[str], None],
 ) -> dict[str, list[dict[str, Any]]]:
     turns: dict[str, list[dict[str, Any]]] = {entrant.name: [] for entrant in entrants}
+
+    def took_turn(entrant: Entrant) -> bool:
+        try:
+            turns[entrant.name].append(undisturbed_turn(entrant, effort, probe))
+        except WorkerError as error:
+            entrant.result["tokens"][str(n_tokens)]["note"] = str(error)
+            return False
+        return True
+
+    def keeps_up(entrant: Entrant) -> bool:
+        """Whether a contender is asked again: ours always, others within SLOW times the best of
+        their bits, in a second turn if not in the first."""
+        same = [e for e in asked if e.result["bits"] == entrant.result["bits"]]
+        limit = SLOW * min(turns[e.name][0]["seconds"] for e in same)
+        if entrant.result["peer"] == "ours" or turns[entrant.name][0]["seconds"] <= limit:
+            return True
+        return took_turn(entrant) and turns[entrant.name][1]["seconds"] <= limit
+
     asked = list(entrants)
     rounds, done = effort.rounds, 0
     while asked and done < rounds:
-        for entrant in list(asked):
+        remaining = []
+        for entrant in asked:
             say(f"M = {n_tokens}: round {done + 1} of {rounds}, {entrant.name}")
-            try:
-                turns[entrant.name].append(undisturbed_turn(entrant, effort, probe))
-            except PeerError as error:
-                entrant.result["tokens"][str(n_tokens)]["note"] = str(error)
-                asked.remove(entrant)
+            if took_turn(entrant):
+                remaining.append(entrant)
+        asked = remaining
         done += 1
         if done == 1:
             fastest = min((turns[e.name][0]["seconds"] for e in asked), default=0.0)
             if fastest > effort.long_seconds:
                 rounds = min(rounds, effort.long_rounds)
-            asked = [e for e in asked if keeps_up(e, asked, turns, effort, probe)]
+            asked = [e for e in asked if keeps_up(e)]
         asked = asked[1:] + asked[:1]
     return turns
-
-
-def keeps_up(
-    entrant: Entrant,
-    asked: list[Entrant],
-    turns: dict[str, list[dict[str, Any]]],
-    effort: Effort,
-    probe: Probe,
-) -> bool:
-    """Whether a contender is asked again: ours always, others within SLOW times the best of their
-    bits, in a second turn if not in the first."""
-    same = [e for e in asked if e.result["bits"] == entrant.result["bits"]]
-    limit = SLOW * min(turns[e.name][0]["seconds"] for e in same)
-    if entrant.result["peer"] == "ours" or turns[entrant.name][0]["seconds"] <= limit:
-        return True
-    turns[entrant.name].append(undisturbed_turn(entrant, effort, probe))
-    return turns[entrant.name][1]["seconds"] <= limit
 
 
 def undisturbed_turn(entrant: Entrant, effort: Effort, probe: Probe) -> dict[str, Any]:
@@ -356,20 +408,10 @@ def judged(turns: list[dict[str, Any]], nbytes: int, operations: int) -> dict[st
     }
 
 
-def held(file: Path, origin: dict[str, Any]) -> dict[str, Any]:
-    """The stages that a file holds of the same sources, versions and machine; else none."""
-    found = json.loads(file.read_text())
-    if "provenance" not in found or "quantized" not in found:
-        raise ValueError(f"quantized: --json must be new or an earlier result of it, got {file}")
-    same = ("source_hash", "versions", "device", "threads", "quick")
-    if any(found["provenance"].get(key) != origin[key] for key in same):
-        return {}
-    return found["quantized"]
-
-
-def complete(stage: dict[str, Any] | None, peers: list[str]) -> bool:
-    """Whether a held stage was run to its end, with these peers."""
-    return bool(stage) and stage["peers"] == peers and len(stage["timed"]) == len(stage["tokens"])
+def faults(stage: dict[str, Any]) -> list[str]:
+    """Who died, and that ours did not take part or was wrong."""
+    ours = [] if ours_is_right(stage) else ["ours is not right"]
+    return [*stage["died"], *ours]
 
 
 def ours_is_right(stage: dict[str, Any]) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import load_results, markdown, pipes
+from benchmarks.report import device, every, load_results, markdown
+from benchmarks.tables import pipes, present
 
 COLUMNS = ("whole model", "decode, tokens/s", "best peer", "", "prefill, tokens/s", "best peer", "")
 
@@ -33,22 +34,19 @@ def summary(root: Path, readme: Path) -> str:
     """A row for each model and width of weights that a peer ran too."""
     parts = []
     for results in load_results(root).values():
-        rows = [
-            row for result in results for heat in result.get("heats", ()) for row in rows_of(heat)
-        ]
-        if rows:
-            device = results[0]["provenance"]["device"]
-            parts.append(f"{device}, batch 1:\n\n{pipes(COLUMNS, rows)}")
+        if rows := list(present(every(results, "heats"), rows_of)):
+            parts.append(f"{device(results)}, batch 1:\n\n{pipes(COLUMNS, rows)}")
+    if not parts:
+        return ""
     where = (root / "README.md").resolve().relative_to(readme.resolve().parent).as_posix()
-    return (
-        "\n\n".join([*parts, f"Everything that was measured: [{where}]({where})."]) if parts else ""
-    )
+    return "\n\n".join([*parts, f"Everything that was measured: [{where}]({where})."])
 
 
 def rows_of(heat: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     layers = f", {heat['layers']} layers"
+    timed = [c for c in heat["contenders"] if "decode" in c and "prefill" in c]  # others died
     for width in (4, 8, 16):
-        same = [c for c in heat["contenders"] if width_of(c) == width]
+        same = [c for c in timed if width_of(c) == width]
         ours = [c for c in same if c["name"].startswith("glm4 ")]
         peers = [c for c in same if c not in ours]
         if ours and peers:

@@ -1,8 +1,8 @@
 """Everybody who multiplies by 4- and 8-bit weights on a CPU, each behind the same small interface.
 
-A module here names its package and lists its `contenders`; each runs in a process of its own
-(`serve.py`), since the thread pools of several OpenMP runtimes fight in one. Nothing here imports
-torch before a peer that is torch does.
+A module here names its package and lists its `contenders`; each runs in a process of its own, as
+`serve.py` says, since the thread pools of several OpenMP runtimes fight in one. Nothing here
+imports torch before a peer that is torch does.
 """
 
 from __future__ import annotations

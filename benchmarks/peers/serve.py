@@ -1,19 +1,11 @@
-"""One peer's process: prepares its contenders, and takes their turns when asked.
-
-    python -m benchmarks.peers.serve PEER FD
-
-Requests and answers are pickled over the socket FD. A request is (name of a method of `Peer`,
-arguments); the answer is (result, None), or (None, the error in one line).
-"""
+"""What runs in a peer's process (`worker.py`): prepares its contenders, takes their turns."""
 
 from __future__ import annotations
 
 import importlib
 import os
-import sys
 import time
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -113,23 +105,3 @@ def timed(prepared: Prepared) -> float:
     began = time.perf_counter()
     prepared.run()
     return time.perf_counter() - began
-
-
-def main(module: str, descriptor: str) -> None:
-    peer = Peer(module)
-    with Connection(int(descriptor)) as parent:
-        while True:
-            try:
-                method, arguments = parent.recv()
-            except EOFError:
-                return
-            try:
-                answer = getattr(peer, method)(*arguments), None
-            except Exception as error:
-                message = str(error).strip().split("\n")[0][:200]
-                answer = None, f"{type(error).__name__}: {message}"
-            parent.send(answer)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
