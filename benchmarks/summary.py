@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def summary(root: Path, readme: Path) -> str:
             parts.append(f"{device(results)}, batch 1:\n\n{pipes(COLUMNS, rows)}")
     if not parts:
         return ""
-    where = (root / "README.md").resolve().relative_to(readme.resolve().parent).as_posix()
+    where = Path(os.path.relpath(root / "README.md", readme.parent)).as_posix()
     return "\n\n".join([*parts, f"Everything that was measured: [{where}]({where})."])
 
 

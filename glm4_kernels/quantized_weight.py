@@ -153,7 +153,8 @@ class QuantizedWeight:
             u = u[:, ::2] | u[:, 1::2] << 4
         state = {"codes": u, "scale": scale, "zero_point": zero_point, "order": self.order}
         tensors = {name: t.contiguous() for name, t in state.items() if t is not None}
-        return tensors | {"form": torch.tensor([self.bits, self.group_size or 0], device="cpu")}
+        form = [self.bits, self.group_size or 0]
+        return tensors | {"form": torch.tensor(form, dtype=torch.int64, device="cpu")}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> QuantizedWeight:

@@ -122,7 +122,8 @@ def test_no_hole_in_a_result_breaks_the_report(tmp_path):
         for i, result in enumerate(whole):
             holed = {"provenance": ORIGIN} | with_holes(result, rng)
             (folder / f"{i}.json").write_text(json.dumps(holed))
-        report.markdown(tmp_path, tmp_path)
+        report.markdown(tmp_path)
+        summary.summary(tmp_path, tmp_path / "README.md")
 
 
 def shortened(result):

@@ -442,7 +442,7 @@ def test_rejects_folders(tmp_path, monkeypatch):
 def test_hub(tmp_path, monkeypatch):
     folder, asked = write_checkpoint(tmp_path), []
 
-    def downloaded(repo, allow_patterns):
+    def downloaded(repo, allow_patterns, ignore_patterns):
         asked.extend((repo, *allow_patterns))
         return str(folder)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import EXAMPLES, Example, assert_equal, each_example, tensors
+from test_ops import EXAMPLES, Example, assert_equal, tensors
 from torch import Tensor
 
 FIRST = {example.op: example for example in reversed(EXAMPLES)}
+each_op = pytest.mark.parametrize("op", sorted(FIRST))
 
 
 class Step(torch.nn.Module):
@@ -48,11 +49,12 @@ def test_compiles_every_op(device):
 
 
 @pytest.mark.exhaustive
-@each_example
+@each_op
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles(dynamic, example, device):
+def test_compiles_each_example(dynamic, op, device):
+    """One graph of all examples of an op: most of the time goes to the C++ compiler's start."""
     torch._dynamo.reset()
-    step = Step([example], device)
+    step = Step([example for example in EXAMPLES if example.op == op], device)
     check(step, torch.compile(step, fullgraph=True, dynamic=dynamic))
 
 
@@ -62,9 +64,9 @@ def test_compiles_ahead_of_time(device, tmp_path):
 
 
 @pytest.mark.exhaustive
-@each_example
-def test_compiles_each_ahead_of_time(example, device, tmp_path):
-    check_package(Step([example], device), tmp_path)
+@each_op
+def test_compiles_each_example_ahead_of_time(op, device, tmp_path):
+    check_package(Step([example for example in EXAMPLES if example.op == op], device), tmp_path)
 
 
 def check_package(step: Step, folder: Any) -> None:

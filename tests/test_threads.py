@@ -8,7 +8,7 @@ import torch
 
 import glm4
 from benchmarks import threads as benchmark
-from benchmarks.report import threads_table
+from benchmarks.tables import threads_table
 from glm4 import threads
 from glm4.cli import main
 from glm4.generation import stream
