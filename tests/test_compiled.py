@@ -48,7 +48,7 @@ LEFT_OUT = "avx or portable or dtype1"
 WITHOUT = {80: f"not ({LEFT_OUT} or fp8 or float8)", 90: f"not ({LEFT_OUT})"}
 
 
-@pytest.mark.parametrize("architecture", WITHOUT)
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.exhaustive), 90])
 def test_compiled_kernels(architecture):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["GLM4_COMPILED"] = str(architecture)

@@ -282,7 +282,7 @@ def test_top_p_keeps_the_last_of_equals(kernel):
 @each_kernel(launch_sample, sample_cpu)
 def test_draws_follow_the_distribution(kernel):
     """Chi-square at a fixed seed, over the drawn tokens of one distribution."""
-    n = 1000 if kernel.name == "triton" and kernel.device.type == "cpu" else 20000
+    n = 250 if kernel.name == "triton" and kernel.device.type == "cpu" else 20000
     weights = torch.tensor([0.3, 0.0, 0.25, 0.2, 0.1, 0.08, 0.07])
     logits = weights.log().expand(n, -1).to(kernel.device)
     chosen = kernel(logits, torch.rand(n, dtype=torch.float64).to(kernel.device)).cpu()
