@@ -21,8 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.memory import CPU, MIB, cache_bytes, shown
-from glm4.generation import free_bytes
+from benchmarks.memory import CPU, MIB, cache_bytes, free_bytes, shown
 from glm4_kernels.extension import buffer, extension
 
 # Of the free memory, what the buffer of a read bandwidth may take.

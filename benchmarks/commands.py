@@ -154,7 +154,9 @@ def announce(origin: Result, peers: tuple[str, ...] = PEERS) -> None:
 
 def announce_memory(asked: int | None, share: float = memory.SHARE) -> None:
     """Says how much memory the run takes at most, and why; ValueError where there is less."""
-    room, free = memory.allowed(asked, share), memory.free_bytes(CPU)
+    free = memory.free_bytes(CPU)
+    room = memory.allowed(asked, share)
+    memory.told = asked
     why = "--memory" if asked else f"{share:.0%} of the {memory.shown(free)} free"
     console.print(f"memory: at most {memory.shown(room)} ({why})")
     with console.status("measuring the cache"):

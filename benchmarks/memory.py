@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from glm4.generation import free_bytes
+from glm4 import generation
 
 MIB, GIB = 1 << 20, 1 << 30
 CPU = torch.device("cpu")
@@ -30,6 +30,16 @@ SHARE = 0.6
 # with AMX one thread reads 29 GB/s within its part of the cache and 5 to 9 past it.
 FASTER = 1.4
 ROUNDS = 5
+
+
+# What a run was told to take: all that there is, as far as it is concerned.
+told: int | None = None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on `device`; of a CPU's at most what `--memory` allows."""
+    free = generation.free_bytes(device)
+    return free if told is None or device.type != "cpu" else min(free, told)
 
 
 def size(text: str) -> int:

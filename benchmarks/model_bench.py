@@ -25,10 +25,11 @@ from torch import Tensor
 
 import glm4
 from benchmarks.ceilings import Ceilings, CpuReadProbe, seconds
+from benchmarks.memory import free_bytes
 from benchmarks.worker import one_line
 from glm4.cache import PAGE_SIZE
 from glm4.decoder import Decoder
-from glm4.generation import free_bytes, stream
+from glm4.generation import stream
 from glm4.sampling import Sampling
 
 T = TypeVar("T")

@@ -162,11 +162,12 @@ def merged(found: Result) -> Result:
     whole: Result = {"provenance": found["provenance"], "run": found["run"]}
     for name in found["of"]:
         for key, part in found["stages"].get(name, {}).get("result", {}).items():
-            if isinstance(part, list):
-                whole[key] = [*whole.get(key, ()), *part]
-            elif isinstance(part, dict):
-                whole[key] = whole.get(key, {}) | part
-            else:
+            known = whole.get(key)
+            if isinstance(part, list) and isinstance(known or [], list):
+                whole[key] = [*(known or ()), *part]
+            elif isinstance(part, dict) and isinstance(known or {}, dict):
+                whole[key] = (known or {}) | part
+            elif known is None:
                 whole[key] = part
     done = sum(found["stages"].get(name, {}).get("state") == "done" for name in found["of"])
     if done < len(found["of"]):

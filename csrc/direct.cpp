@@ -154,14 +154,15 @@ bool overlap(const Tensor& a, const Tensor& b) {
     if (distance >= first.second) return false;
     struct Dim {
         int64_t stride, most;
-        bool operator<(const Dim& other) const { return stride > other.stride; }
     };
     std::array<Dim, MAX_DIMS> dims = {};
     int n_dims = 0;
-    for (int i = 0; i < a.dims; ++i) {
-        if (a.shape[i] > 1) dims[n_dims++] = {a.strides[i], a.shape[i] - 1};
+    for (int i = 0; i < a.dims; ++i) {  // the largest stride first
+        if (a.shape[i] < 2) continue;
+        int at = n_dims++;
+        for (; at > 0 && dims[at - 1].stride < a.strides[i]; --at) dims[at] = dims[at - 1];
+        dims[at] = {a.strides[i], a.shape[i] - 1};
     }
-    std::sort(dims.begin(), dims.begin() + n_dims);
     const auto reaches = [&](const auto& self, int i, int64_t left) -> bool {
         if (i == n_dims) return left == 0;
         int64_t rest = 0;
@@ -175,6 +176,12 @@ bool overlap(const Tensor& a, const Tensor& b) {
     };
     const int64_t item = size_of(a.dtype);
     return distance % item != 0 || reaches(reaches, 0, int64_t(distance) / item);
+}
+
+// Whether all of one tensor's memory lies before or behind all of the other's.
+bool is_beyond(const Tensor& a, const Tensor& b) {
+    const Buffer &first = std::min(a.buffer, b.buffer), &second = std::max(a.buffer, b.buffer);
+    return second.first - first.first >= first.second;
 }
 
 // ---- results
@@ -239,10 +246,10 @@ struct Given {
     void require_no_gradient() const {
         static PyObject* const name = PyUnicode_InternFromString("requires_grad");
         static PyObject* const level = PyUnicode_InternFromString("_current_level");
+        const Object forward(checked(PyObject_GetAttr(torch().forward_ad, level)));
+        fits(integer_of(forward.get()) < 0);  // no_grad leaves forward-mode AD on
         const Object enabled(checked(PyObject_CallNoArgs(torch().is_grad_enabled)));
         if (enabled.get() != Py_True) return;
-        const Object forward(checked(PyObject_GetAttr(torch().forward_ad, level)));
-        fits(integer_of(forward.get()) < 0);
         for (Py_ssize_t i = 0; i < count; ++i) {
             Tensor tensor;
             if (!read_tensor(args[i], &tensor)) continue;
@@ -402,6 +409,9 @@ PyObject* rope_kv_write(const Given& args) {
         fits(k_scale->has_shape(k.shape[0], k.shape[1], k.shape[2]));
         fits(k_scale->dtype == DType::float32 && is_written_like(*k_scale, *k_scale));
         fits(is_written_like(*v_scale, *k_scale) && !overlap(*k_scale, *v_scale));
+        for (const Tensor* cache : {&k, &v}) {
+            fits(is_beyond(*k_scale, *cache) && is_beyond(*v_scale, *cache));
+        }
         std::copy(k_scale->strides, k_scale->strides + 3, scale_strides.begin());
     }
 

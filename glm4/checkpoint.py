@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from glm4.checkpoint_file import CheckpointError, one_line, read_json
-from glm4.config_json import DTYPES, config_of, declared_dtype
+from glm4.config_json import DTYPES, check_theta, config_of, declared_dtype
 from glm4.hub import DEMO as DEMO  # where it has always been found
 from glm4.hub import find_folder
 from glm4.int8_error import warn_of_int8
@@ -89,6 +89,7 @@ def load(
         raise bad_value("load", "dtype", f"'auto', {', '.join(DTYPES)}", repr(dtype))
     target = resolve_device(device)
 
+    rope_theta = check_theta("load", rope_theta)
     folder = find_folder(path_or_repo)
     checkpoint = examine(folder, rope_theta)
     config = checkpoint.config
@@ -200,6 +201,8 @@ def settle_tied_head(config: Config, stored: dict[str, Stored], naming: Naming) 
         return config
     if embedding not in stored:
         stored[embedding] = stored[head]
+    elif {stored[name].shape for name in (head, embedding)} != {(config.vocab, config.hidden)}:
+        return replace(config, tied=False)  # `match_tensors` refuses it
     elif not torch.equal(stored[embedding].read(), stored[head].read()):
         return replace(config, tied=False)
     del stored[head]
@@ -295,7 +298,7 @@ MOST_ROWS = 1 << 24  # no layer has more, so no bias that is read to see whether
 
 def is_zero(bias: Stored) -> bool:
     """Some tools store a bias of zeros for layers that have none."""
-    small = math.prod(bias.shape) <= MOST_ROWS
+    small = len(bias.shape) <= 1 and math.prod(bias.shape) <= MOST_ROWS
     return bias.dtype in STORED_DTYPES and small and not bias.read().any()
 
 

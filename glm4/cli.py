@@ -146,8 +146,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("int8", "float"),
         help="of quantised layers; default: int8 on a CPU (float: exact, slower), float on a GPU",
     )
+    theta = _number(float, "over 1 and at most 1e30", lambda x: 1 < x <= 1e30)
     command.add_argument(
-        "--rope-theta", type=positive, metavar="X", help="overrides the one in config.json"
+        "--rope-theta", type=theta, metavar="X", help="overrides the one in config.json"
     )
     command.add_argument(
         "--threads",
@@ -184,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--device", type=_device, default="auto", help=DEVICES)
     command.add_argument(
-        "--rope-theta", type=positive, metavar="X", help="written in place of the source's"
+        "--rope-theta", type=theta, metavar="X", help="written in place of the source's"
     )
 
     command = _add_command(commands, env, "what is installed, built and found here")

@@ -6,6 +6,7 @@ Each error is one line that names the file and the field.
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import reprlib
 from dataclasses import replace
@@ -17,6 +18,8 @@ import torch
 from glm4.model import Config
 from glm4.rope_config import read_rope, same
 from glm4.tensor_files import CheckpointError, read_json
+from glm4_kernels.library import bad_type, bad_value
+from glm4_kernels.rope_table import MAX_THETA
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Config's field: the remote code's name (model_type chatglm), transformers' name (glm, glm4).
@@ -48,6 +51,19 @@ GRANTED = {
 def read_config(folder: Path, rope_theta: float | None = None) -> Config:
     """config.json as a Config; `rope_theta` overrides its own."""
     return config_of(folder, read_json(folder / "config.json"), rope_theta)[0]
+
+
+def check_theta(name: str, rope_theta: Any) -> float | None:
+    """Raises TypeError or ValueError if `rope_theta`, an argument, is neither None nor a base."""
+    if rope_theta is None:
+        return None
+    if not isinstance(rope_theta, numbers.Real) or isinstance(rope_theta, bool):
+        raise bad_type(name, "rope_theta", "a number or None", reprlib.repr(rope_theta))
+    number: Any = rope_theta
+    if not 1 < number <= MAX_THETA:
+        actual = reprlib.repr(rope_theta)
+        raise bad_value(name, "rope_theta", f"over 1 and at most {MAX_THETA:g}", actual)
+    return float(number)
 
 
 def config_of(

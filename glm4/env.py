@@ -84,7 +84,8 @@ def missing_parts(found: dict[str, Any]) -> list[dict[str, str]]:
     elif not gpus:
         note(
             "an NVIDIA GPU",
-            "models run on the CPU, in C++: slower, since its memory is",
+            f"models run on the CPU, in {'PyTorch' if 'error' in built else 'C++'}: slower, since "
+            "its memory is",
         )
     if found["packages"]["triton"] is None:
         note("Triton", "on a GPU, PyTorch references run in place of the fused kernels: slower")

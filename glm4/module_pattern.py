@@ -24,6 +24,7 @@ from typing import Any
 
 # Parts of one expression after its repeats are written out, and groups within groups.
 SIZE_LIMIT = 1000
+LENGTH_LIMIT = 100_000  # characters of one expression
 DEPTH_LIMIT = 50
 REPEAT = re.compile(r"[*+?]|\{(\d+)\}|\{(\d*),(\d*)\}")
 ASSERTIONS = {"^": "^", "$": "$", r"\A": "^", r"\Z": r"\Z", r"\b": r"\b", r"\B": r"\B"}
@@ -64,6 +65,8 @@ class ModulePattern:
 
     def __init__(self, source: str) -> None:
         """Raises ValueError if `source` is no regular expression, or not one that is read here."""
+        if len(source) > LENGTH_LIMIT:
+            raise ValueError(f"has {len(source):,} characters, at most {LENGTH_LIMIT:,} are read")
         self.source = source
         self.at = self.depth = self.size = 0
         tree = self.alternatives()
@@ -96,6 +99,8 @@ class ModulePattern:
             if kind == "text":
                 for character in argument:
                     places = (places & name.places.get(character, 0)) << 1
+                    if not places:
+                        break
             elif kind == "one":
                 places = (places & name.of_class(argument)) << 1
             elif kind == "span":
@@ -211,7 +216,7 @@ class ModulePattern:
             if found is None:
                 raise ValueError(f"unterminated character set at position {start}")
             self.at = found.end()
-        elif character in "*+?":
+        elif REPEAT.match(self.source, start):
             raise ValueError(f"nothing to repeat at position {start}")
         text = self.source[start : self.at]
         if text in ASSERTIONS:

@@ -21,6 +21,8 @@ from glm4.module_pattern import ModulePattern, Name
 SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 # Each takes up to 20 microseconds for each module; an expression for each has some six.
 PATTERNS_LIMIT = 5000
+TEXT_LIMIT = 1_000_000
+RULES_LIMIT = 50_000  # each module is compared with each
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,15 @@ def read_quantization(folder: Path, config_json: dict[str, Any]) -> Quantization
 def compiled(
     path: Path, rules: list[tuple[str, Scheme | None]]
 ) -> Iterator[tuple[str | ModulePattern, Scheme | None]]:
+    if len(rules) > RULES_LIMIT:
+        raise CheckpointError(
+            f"{path}: quantization_config: must have at most {RULES_LIMIT:,} rules"
+        )
+    if sum(len(text) for text, _ in rules if text.startswith("re:")) > TEXT_LIMIT:
+        raise CheckpointError(
+            f"{path}: quantization_config: its regular expressions must have at most "
+            f"{TEXT_LIMIT:,} characters together"
+        )
     size = 0
     for text, scheme in rules:
         if not text.startswith("re:"):

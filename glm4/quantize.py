@@ -22,7 +22,7 @@ from torch import Tensor
 
 from glm4.checkpoint import Checkpoint, examine, read_into, resolve_device
 from glm4.companions import as_json, copy_companions
-from glm4.config_json import FIELDS
+from glm4.config_json import FIELDS, check_theta
 from glm4.hub import COMPANIONS, find_folder
 from glm4.model import Config, Weight
 from glm4.progress import progress_bar
@@ -86,6 +86,7 @@ def quantize_checkpoint(
         ValueError, TypeError: another argument is wrong.
     """
     form, head_bits = options(bits, group_size, symmetric, head_bits, engine)
+    rope_theta = check_theta("quantize_checkpoint", rope_theta)
     place = resolve_device(device)
     target = free_place(target)
     folder = find_folder(source)

@@ -26,6 +26,7 @@ from torch import Tensor
 from glm4.checkpoint_file import (
     LFS_POINTER,
     CheckpointError,
+    one_line,
     opened,
     parse_json,
     read_exactly,
@@ -204,7 +205,11 @@ def find_tensors(folder: Path) -> tuple[Path, dict[str, Stored]]:
     shards = numbered_shards(folder, index)
     if shards:
         return folder, joined_tensors(shards)
-    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:  # `glob` finds nothing in it, without a word
+        raise CheckpointError(f"{folder}: cannot be listed ({error.strerror})") from None
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     if pickles:
         raise CheckpointError(
             f"{folder / pickles[0]}: pickled weights can run code as they load and are not "
@@ -250,8 +255,10 @@ def indexed_tensors(index: Path) -> dict[str, Stored]:
     if overruled:
         name, file = next(iter(overruled.items()))
         warnings.warn(
-            f"{index}: tensor {name} is read from {weight_map[name]}, as it says; transformers "
-            f"would take the one in {file} ({len(overruled)} such)",
+            one_line(
+                f"{index}: tensor {name} is read from {weight_map[name]}, as it says; transformers "
+                f"would take the one in {file} ({len(overruled)} such)"
+            ),
             stacklevel=2,
         )
     return stored

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -109,19 +110,25 @@ class Team:
     on: bool = True
     limit: int = field(default_factory=lambda: min(cpu_limits().values()))
     controller: Controller | None = None
-    depth: int = 0
-    before: int = 0  # torch's count outside
+    outside: dict[int, int] = field(default_factory=dict)  # torch's count, by Python thread inside
+    depths: dict[int, int] = field(default_factory=dict)
     window: float = WINDOW
     read_at: float = -math.inf
     left_at: float = -math.inf
     waits: dict[str, int] = field(default_factory=dict)  # ns of each thread, at `read_at`
 
+    @property
+    def depth(self) -> int:
+        """Of passes within passes, in this Python thread."""
+        return self.depths.get(threading.get_ident(), 0)
+
     def __enter__(self) -> None:
-        self.depth += 1
-        if self.depth > 1 or not self.on:
+        me = threading.get_ident()
+        self.depths[me] = self.depths.get(me, 0) + 1
+        if self.depths[me] > 1 or not self.on:
             return
-        self.before = torch.get_num_threads()
-        most = min(self.before, self.limit)
+        before = self.outside[me] = torch.get_num_threads()
+        most = min(before, self.limit)
         if self.threads is not None or most == 1:
             self.controller = None
         elif self.controller is None or self.controller.most != most:
@@ -134,14 +141,19 @@ class Team:
                 self.read()
             else:
                 self.read_at += pause  # which is no time of ours
-        if count != self.before:
+        if count != before:
             torch.set_num_threads(count)
 
     def __exit__(self, *_: object) -> None:
-        self.depth -= 1
-        if self.depth == 0 and self.on:
-            if torch.get_num_threads() != self.before:
-                torch.set_num_threads(self.before)
+        me = threading.get_ident()
+        self.depths[me] -= 1
+        if self.depths[me]:
+            return
+        del self.depths[me]
+        if self.on:
+            before = self.outside.pop(me)
+            if torch.get_num_threads() != before:
+                torch.set_num_threads(before)
             self.left_at = time.perf_counter()
 
     def look(self) -> None:

@@ -5,9 +5,10 @@ What is deleted here was made here, whatever stands beside the target:
 - A run works in `TARGET.partial-XXXXXXXX`, a new name, so nobody's folder is ever in its way.
 - The first file in it is the mark, with the folder's name and inode, so that no other folder and
   no copy passes for it; the run holds a lock on the mark until it ends.
+- The mark then lists each file before it is made, and its inode after that.
 - A folder is cleared with the mark read and the lock held, after a look at every entry: if one is
-  not a regular file of the kinds that are made here, all stay. It is done within the open folder,
-  so no link is followed.
+  not a regular file that the mark lists, all stay. It is done within the open folder, so no link is
+  followed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from glm4.tensor_files import CheckpointError
 from glm4_kernels.library import bad_type
 
 MARK = ".glm4-quantize"
+MARK_LIMIT = 1 << 20  # bytes of it: a line or two for each file
 RANDOM = r"\.partial-[0-9a-f]{8}"
 # safetensors from 0.8 on writes a file under such a name first.
 TEMPORARY = r"\.tmp\w{6}"
@@ -75,7 +77,8 @@ def appearing(target: Path, source: Path, kinds: re.Pattern[str]) -> Iterator[Wo
         CheckpointError: the target is in the source, another run is writing it, or it cannot be
             written. If it is there when all is done, that is kept, and the message says where.
     """
-    if any(above.exists() and above.samefile(source) for above in target.absolute().parents):
+    above = Path(os.path.realpath(target.parent))
+    if any(p.exists() and p.samefile(source) for p in (above, *above.parents)):
         raise CheckpointError(f"{target}: must not lie in {source}, which is read")
     parents = make_parents(target)
     try:
@@ -99,14 +102,19 @@ def appearing(target: Path, source: Path, kinds: re.Pattern[str]) -> Iterator[Wo
 def make_parents(target: Path) -> list[Path]:
     """Makes what is missing above `target`, and returns it, the outermost first."""
     missing = [above for above in target.parents if not os.path.lexists(above)][::-1]
-    for i, parent in enumerate(missing):
+    made: list[Path] = []
+    for parent in missing:
         try:
             parent.mkdir()
+            made.append(parent)
         except OSError as error:
-            for made in reversed(missing[:i]):
-                made.rmdir()
+            if isinstance(error, FileExistsError) and parent.is_dir():
+                continue  # another run made it meanwhile
+            for ours in reversed(made):
+                with suppress(OSError):  # something is in it
+                    ours.rmdir()
             raise CheckpointError(f"{parent}: cannot be made ({error.strerror})") from None
-    return missing
+    return made
 
 
 def clear_leftovers(target: Path, source: Path, kinds: re.Pattern[str]) -> None:
@@ -137,6 +145,7 @@ class WorkingFolder:
         """Raises OSError if `path` is not a folder itself; a link to one is not."""
         self.path, self.kinds = path, kinds
         self.lock = -1
+        self.made: dict[str, int] = {}  # inode of each file by name; 0 while it is being made
         self.folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
     @classmethod
@@ -147,6 +156,7 @@ class WorkingFolder:
             path.mkdir()
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be made ({error.strerror})") from None
+        folder = None
         try:
             folder = cls(path, kinds)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -156,8 +166,10 @@ class WorkingFolder:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             with suppress(OSError):
-                (path / MARK).unlink()
+                (path / MARK).unlink(missing_ok=True)
                 path.rmdir()
+            if folder is not None:
+                folder.close()
             raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
         return folder
 
@@ -175,8 +187,13 @@ class WorkingFolder:
         try:
             self.lock = os.open(MARK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.folder)
             is_file = stat.S_ISREG(os.fstat(self.lock).st_mode)
-            if not is_file or os.pread(self.lock, 4096, 0) != self.mark:
+            written = os.pread(self.lock, MARK_LIMIT, 0) if is_file else b""
+            if not written.startswith(self.mark):
                 return False
+            for line in written[len(self.mark) :].decode(errors="replace").splitlines():
+                name, _, inode = line.rpartition(" ")
+                self.made[name] = int(inode) if inode.isdecimal() else -1
+            os.lseek(self.lock, 0, os.SEEK_END)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(f"{self.path}: another run is writing into it") from None
@@ -193,6 +210,22 @@ class WorkingFolder:
             return False
         return os.path.samestat(*here) and os.path.samestat(*mark)
 
+    def note(self, name: str, inode: int) -> None:
+        """Lists a file in the mark: 0 before it is made, its inode when it is."""
+        line = f"{name} {inode}\n".encode()
+        if os.write(self.lock, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.made[name] = inode
+
+    def is_listed(self, name: str) -> bool:
+        """Whether an entry is a regular file that a run made here."""
+        info = os.stat(name, dir_fd=self.folder, follow_symlinks=False)
+        if not stat.S_ISREG(info.st_mode):
+            return False
+        if re.fullmatch(TEMPORARY, name):
+            return 0 in self.made.values()
+        return name == MARK or self.made.get(name) in (0, info.st_ino)
+
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """The path of a file to make; it is on the disk after the block, an error one line."""
@@ -201,11 +234,13 @@ class WorkingFolder:
         if not self.is_ours() or os.path.lexists(path):
             raise CheckpointError(f"{path}: cannot be written (somebody changed its folder)")
         try:
+            self.note(name, 0)
             yield path
             file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.folder)
             try:
                 os.fchmod(file, os.fstat(self.lock).st_mode & 0o777)  # safetensors has its own
                 os.fsync(file)
+                self.note(name, os.fstat(file).st_ino)
             finally:
                 os.close(file)
         except (OSError, SafetensorError) as error:
@@ -223,6 +258,7 @@ class WorkingFolder:
         if os.path.lexists(self.path / new):
             raise CheckpointError(f"{self.path / new}: must not be there (somebody made it)")
         try:
+            self.note(new, self.made[name])
             os.rename(name, new, src_dir_fd=self.folder, dst_dir_fd=self.folder)
         except OSError as error:
             raise CheckpointError(f"{self.path / new}: not written ({error.strerror})") from None
@@ -259,9 +295,7 @@ class WorkingFolder:
             return
         names = os.listdir(self.folder)
         for name in names:
-            info = os.stat(name, dir_fd=self.folder, follow_symlinks=False)
-            known = name == MARK or self.kinds.fullmatch(name) or re.fullmatch(TEMPORARY, name)
-            if not known or not stat.S_ISREG(info.st_mode):
+            if not self.is_listed(name):
                 warnings.warn(
                     f"{self.path}: of a run that did not end, is left as it is, since {name} in it "
                     "is not of that run; remove it yourself",

@@ -44,7 +44,10 @@ class MissingExtension(RuntimeError):
 def extension() -> ModuleType:
     """The compiled module; MissingExtension if it was not built or does not load."""
     if _C is None:
-        raise MissingExtension(f"glm4_kernels was not built: run pip install -e . ({_missing})")
+        raise MissingExtension(
+            "glm4_kernels was not built: run pip install -e . again, with a C++17 compiler and "
+            f"without GLM4_EXTENSION=0 ({_missing})"
+        )
     return _C
 
 

@@ -126,16 +126,26 @@ def register_op(
     op = getattr(getattr(torch.ops.glm4_kernels, name), parsed.overload_name or "default")
 
     def refuse_grad(args: tuple[Any, ...]) -> None:
+        backward = torch.is_grad_enabled()
+        forward = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+        if not backward and not forward:
+            return
         for argument, arg in zip(arguments, args, strict=False):
-            if isinstance(arg, Tensor) and is_differentiated(arg):
+            if not isinstance(arg, Tensor):
+                continue
+            if backward and arg.requires_grad:
                 raise RuntimeError(
                     f"{name}: {argument.name} requires grad, but this op is for inference only; "
                     "call it under torch.inference_mode() or torch.no_grad()"
                 )
+            if forward and has_tangent(arg):
+                raise RuntimeError(
+                    f"{name}: {argument.name} has a tangent, but this op is for inference only and "
+                    "has no forward-mode derivative (torch.no_grad() does not switch that off)"
+                )
 
     def admit(args: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled():
-            refuse_grad(args)
+        refuse_grad(args)
         try:
             check(*args)
         except AttributeError:  # the dispatcher lets None pass for a Tensor
@@ -150,8 +160,7 @@ def register_op(
     unwrap = torch.library.get_kernel(op, TRANSFORMS)
 
     def run_transformed(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled():
-            refuse_grad(args)
+        refuse_grad(args)
         return unwrap.call_boxed(keyset, *args)
 
     LIBRARY.impl(qualified, run_transformed, TRANSFORMS, with_keyset=True)
@@ -197,12 +206,11 @@ def register_op(
     return op
 
 
-def is_differentiated(tensor: Tensor) -> bool:
-    """Whether a gradient or, in forward-mode AD, a tangent is asked of what is made of `tensor`."""
-    if tensor.requires_grad:
-        return True
-    dual = forward_ad._current_level >= 0 and tensor.is_floating_point()
-    return dual and forward_ad.unpack_dual(tensor).tangent is not None
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode AD asks for a derivative of what is made of `tensor`."""
+    while torch._C._functorch.is_batchedtensor(tensor):  # vmap has no rule for unpack_dual
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.is_floating_point() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 @functools.cache

@@ -25,6 +25,7 @@ that over the memory bandwidth for few rows, and 2 * M * N * K over the matmul p
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -254,9 +255,11 @@ _quantized_matmul = register_op(
 
 def int8_activation_error(x: Tensor, qweight: QuantizedWeight) -> float:
     """What int8 activations cost for this x [..., K] on the CPU: |y - y'| / |y'| in L2 norms, where
-    y' has activations="float"."""
+    y' has activations="float"; inf where either overflows."""
     exact = quantized_matmul(x, qweight, activations="float").double()
     error = (quantized_matmul(x, qweight, activations="int8").double() - exact).norm().item()
+    if not math.isfinite(error):
+        return math.inf
     return error / exact.norm().item() if error else 0.0
 
 

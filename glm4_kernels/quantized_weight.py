@@ -173,8 +173,9 @@ class QuantizedWeight:
                 raise bad_type(name, key, "a dense tensor", type(tensor).__name__)
             if not tensor.is_contiguous():  # a small file could claim any shape
                 raise bad_value(name, key, "contiguous", f"strides {tensor.stride()}")
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if tensor.dtype in FLOAT_DTYPES and not tensor.isfinite().all():
                 raise bad_value(name, key, "finite", "NaN or infinity")
+            tensors[key] = tensor.detach()
         codes, scale, form = (tensors.pop(key) for key in ("codes", "scale", "form"))
         if form.shape != (2,) or form.dtype != torch.int64:
             raise bad_value(name, "form", "int64 [2]", f"{form.dtype} {list(form.shape)}")
@@ -191,7 +192,7 @@ class QuantizedWeight:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).from_state_dict, (self.state_dict(),)
+        return rebuilt, (self.state_dict(),)
 
     @property
     def nbytes(self) -> int:
@@ -248,6 +249,12 @@ def in_tiles(device: torch.device) -> bool:
 def unmoved(order: Tensor) -> Tensor:
     """The permutation that leaves everything in its place, beside `order`."""
     return torch.arange(len(order), dtype=torch.int64, device=order.device)
+
+
+def rebuilt(state: dict[str, Tensor]) -> QuantizedWeight:
+    """What `pickle` and `torch.save` store of a weight; `torch.load` takes both names:
+    `torch.serialization.safe_globals([QuantizedWeight, rebuilt])`."""
+    return QuantizedWeight.from_state_dict(state)
 
 
 def slabs(n: int, k: int) -> Iterator[slice]:

@@ -32,7 +32,7 @@ from glm4_kernels.library import (
     multiprocessor_count,
     register_op,
 )
-from glm4_kernels.overlap import not_apart, overlap
+from glm4_kernels.overlap import check_apart, not_apart, overlap
 from glm4_kernels.quantize_rows import QUANTISED_LIMIT
 from glm4_kernels.rope import (
     INDEX_DTYPES,
@@ -379,8 +379,8 @@ def check_rope_kv_write(
             raise bad_value(op, "k_scale", list(k_cache.shape[:3]), list(k_scale.shape))
         check_written(op, "k_scale", k_scale, k_scale, torch.float32)
         check_written(op, "v_scale", v_scale, k_scale, torch.float32)
-        if overlap(k_scale, v_scale):
-            raise not_apart(op, "v_scale", "k_scale")
+        written = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
+        check_apart(op, written, {})
     for name, tensor in (
         ("k_cache", k_cache),
         ("v_cache", v_cache),

@@ -242,7 +242,10 @@ def test_bad_input_is_one_line(folder, capsys, breaks, message):
         (["generate", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["quantize", "x", "y", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N"),
         (["generate", "hello", "you"], 'arguments: hello you; did you mean --prompt "hello you"?'),
-        (["generate", "--rope-theta", "nan"], "--rope-theta must be over 0 and finite, got nan"),
+        (
+            ["generate", "--rope-theta", "nan"],
+            "--rope-theta must be over 1 and at most",
+        ),
         (["generate", "--top-p", "0.9"], "--top-p does nothing without --temperature"),
         (["generate", "--top-k", "9", "--seed", "1"], "--top-k, --seed do nothing without --temp"),
         (["generate", "--activations", "float", "--prompt", "a"], "and here are none; add --quan"),

@@ -36,9 +36,12 @@ def larger(inner):
 PATTERNS = st.recursive(st.sampled_from(ATOMS), larger, max_leaves=8)
 
 
-@settings(deadline=None)  # a busy machine stops in between
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
 @given(pattern=PATTERNS, text=st.text("ab0_.-{,}]é \n", max_size=8))
 @example(pattern="a*", text="")
+@example(pattern="a|(?:{2})", text="")
+@example(pattern="{,}", text="")
+@example(pattern="{a}", text="{a}")
 @example(pattern="(?:^|a)*b", text="ab")
 @example(pattern=r"(\b|a)+\B.", text="a.")
 @example(pattern="$", text="\n")

@@ -349,7 +349,8 @@ DIFFERENTIATED = {
 @pytest.mark.parametrize("transform", DIFFERENTIATED)
 @each_example
 def test_refuses_to_be_differentiated(example, transform, device):
-    """Where a zero for a gradient would be silent; under no_grad there is none to be had."""
+    """Where a zero for a derivative would be silent; no_grad switches gradients off, and leaves
+    forward mode on."""
     written = [a for a in example.overload._schema.arguments if a.alias_info is not None]
     if "vmap" in transform and written:
         pytest.skip("what an op writes cannot be a batch (test_vmap)")
@@ -365,12 +366,15 @@ def test_refuses_to_be_differentiated(example, transform, device):
             with torch.no_grad():
                 return call(x)
 
-        refused = f"^{example.name}: {name} requires grad, but this op is for inference only"
+        forward = transform in ("jvp", "jacfwd", "forward mode")
+        what = "(has a tangent|requires grad)" if forward else "requires grad"
+        refused = f"^{example.name}: {name} {what}, but this op is for inference only"
         with pytest.raises(RuntimeError, match=refused):
             DIFFERENTIATED[transform](call, argument)
-        if transform != "forward mode":
+        if not forward:
             continue
-        DIFFERENTIATED[transform](call_without_grad, argument)
+        with pytest.raises(RuntimeError, match=refused):
+            DIFFERENTIATED[transform](call_without_grad, argument)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

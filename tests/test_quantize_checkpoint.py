@@ -329,7 +329,7 @@ def test_float_zero_points_are_fitted_again(tmp_path):
         ({"engine": "vllm", "head_bits": 8}, "head_bits must be 16 for vllm, got 8"),
         ({"engine": "sglang", "symmetric": False}, "symmetric must be True for sglang, got False"),
         ({"device": "tpu"}, "device must be"),
-        ({"rope_theta": -1.0}, "rope_theta must be a positive number"),
+        ({"rope_theta": -1.0}, "rope_theta must be over 1"),
     ],
 )
 def test_rejects_arguments(options, message, source, tmp_path):

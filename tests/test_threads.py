@@ -2,6 +2,7 @@
 nothing of it shows outside or in the results."""
 
 import os
+import threading
 
 import pytest
 import torch
@@ -286,3 +287,34 @@ def test_benchmark_judges():
     assert result["quiet_default_of_all"] == 0.99
     assert result["crowded_default_of_one"] == 0.9
     assert len(threads_table(result).rows) == 6
+
+
+def test_a_team_of_two_python_threads():
+    """Each has its own count, which comes back whoever ends first."""
+    team, seen = Team(1), {}
+    inside, ended = threading.Event(), threading.Event()
+
+    def first():
+        torch.set_num_threads(2)
+        with team:
+            inside.set()
+            ended.wait(5)
+            seen["first, inside"] = torch.get_num_threads()
+        seen["first, after"] = torch.get_num_threads()
+
+    def second():
+        inside.wait(5)
+        torch.set_num_threads(3)
+        with team:
+            seen["second, inside"] = torch.get_num_threads()
+        seen["second, after"] = torch.get_num_threads()
+        ended.set()
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {
+        "first, inside": 1, "first, after": 2, "second, inside": 1, "second, after": 3
+    }  # fmt: skip

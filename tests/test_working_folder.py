@@ -58,9 +58,12 @@ def marked(folder: Path, *names: str) -> Path:
     """A folder with the mark of a run, as one leaves it that was killed, and files of `names`."""
     folder.mkdir(exist_ok=True)
     inode = folder.stat().st_ino
-    (folder / MARK).write_text(f"glm4 quantize works in {folder.name}, inode {inode}\n")
+    lines = [f"glm4 quantize works in {folder.name}, inode {inode}", "99.safetensors 0"]
     for name in names:
         (folder / name).write_text(name)
+        if quantize.FILES.fullmatch(name):
+            lines += [f"{name} 0", f"{name} {(folder / name).stat().st_ino}"]
+    (folder / MARK).write_text("".join(f"{line}\n" for line in lines))
     return folder
 
 
@@ -219,6 +222,18 @@ def test_left_folder_with_a_file_of_the_users(source, tmp_path):
     left = marked(tmp_path / LEFT, "0.safetensors", "thesis.txt")
     before = everything(left)
     with pytest.warns(UserWarning, match=r"0123abcd: .* is left as it is, since thesis\.txt in it"):
+        small(source, tmp_path / "target")
+    assert everything(left) == before
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "0.safetensors"])
+def test_left_folder_with_a_file_of_the_users_under_a_name_of_ours(name, source, tmp_path):
+    """Never made by the run, or put in the place of what it made."""
+    left = marked(tmp_path / LEFT, "0.safetensors")
+    (left / "mine").write_text("mine")
+    (left / "mine").rename(left / name)
+    before = everything(left)
+    with pytest.warns(UserWarning, match=f"0123abcd: .* is left as it is, since {name} in it"):
         small(source, tmp_path / "target")
     assert everything(left) == before
 
