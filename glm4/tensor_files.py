@@ -49,6 +49,7 @@ BITS = {
     "F4": 4,
 }
 HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
+TENSORS_LIMIT = 500_000  # of an index; links could name one file many times
 PIECE = 4 << 20  # values that are read before they are converted, or copied to a GPU
 
 
@@ -239,9 +240,13 @@ def indexed_tensors(index: Path) -> dict[str, Stored]:
             raise CheckpointError(
                 f"{index}: the file of tensor {name} must be a .safetensors beside it, got {file!r}"
             )
-    stored, overruled = {}, {}
+    stored, overruled, n_tensors = {}, {}, 0
     for file in sorted(set(weight_map.values())):
-        for tensor in tensors_in(index.parent / file):
+        found = tensors_in(index.parent / file)
+        n_tensors += len(found)
+        if n_tensors > TENSORS_LIMIT:
+            raise CheckpointError(f"{index}: its files must hold at most {TENSORS_LIMIT:,} tensors")
+        for tensor in found:
             place = weight_map.get(tensor.name)
             if place == file:
                 stored[tensor.name] = tensor
@@ -275,7 +280,9 @@ def numbered_shards(folder: Path, index: Path) -> list[Path]:
     for path in folder.glob("*.safetensors"):
         numbers = re.fullmatch(r"(.+)-(\d{1,5})-of-(\d{1,5})\.safetensors", path.name)
         if numbers:
-            sets.setdefault((numbers[1], numbers[3]), {})[int(numbers[2])] = path
+            other = sets.setdefault((numbers[1], numbers[3]), {}).setdefault(int(numbers[2]), path)
+            if other != path:
+                raise CheckpointError(f"{path}: must not be shard {numbers[2]} beside {other.name}")
     if not sets:
         return []
     if len(sets) > 1:

@@ -346,3 +346,21 @@ def test_idle_biases_are_small(tmp_path):
     os.truncate(path, path.stat().st_size + n_data)
     with pytest.raises(CheckpointError, match=r"down_proj.bias \[7516192768\] is unexpected"):
         examine(tmp_path)
+
+
+def test_two_shards_of_one_number(tmp_path):
+    for name in ("model-00001-of-1.safetensors", "model-1-of-1.safetensors"):
+        save_file({"x": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(glm4.CheckpointError, match=r"must not be shard 0*1 beside model-"):
+        find_tensors(tmp_path)
+
+
+def test_links_that_multiply_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(glm4.tensor_files, "TENSORS_LIMIT", 5)
+    save_file({f"x{i}": torch.zeros(1) for i in range(3)}, tmp_path / "0.safetensors")
+    (tmp_path / "1.safetensors").symlink_to("0.safetensors")
+    weight_map = {"x0": "0.safetensors", "x1": "1.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(glm4.CheckpointError, match=r"must hold at most 5 tensors"):
+        find_tensors(tmp_path)
