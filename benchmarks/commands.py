@@ -130,6 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    finally:
+        memory.limit = None
 
 
 def run_all(stages: list[Stage], record: Record) -> int:
@@ -156,7 +158,7 @@ def announce_memory(asked: int | None, share: float = memory.SHARE) -> None:
     """Says how much memory the run takes at most, and why; ValueError where there is less."""
     free = memory.free_bytes(CPU)
     room = memory.allowed(asked, share)
-    memory.told = asked
+    memory.limit = asked
     why = "--memory" if asked else f"{share:.0%} of the {memory.shown(free)} free"
     console.print(f"memory: at most {memory.shown(room)} ({why})")
     with console.status("measuring the cache"):

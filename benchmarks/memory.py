@@ -32,14 +32,14 @@ FASTER = 1.4
 ROUNDS = 5
 
 
-# What a run was told to take: all that there is, as far as it is concerned.
-told: int | None = None
+# What this run was told to take (--memory): all that there is, as far as it is concerned.
+limit: int | None = None
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on `device`; of a CPU's at most what `--memory` allows."""
     free = generation.free_bytes(device)
-    return free if told is None or device.type != "cpu" else min(free, told)
+    return free if limit is None or device.type != "cpu" else min(free, limit)
 
 
 def size(text: str) -> int:

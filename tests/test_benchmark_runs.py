@@ -349,3 +349,10 @@ def test_no_buffer_grows_past_what_is_free(monkeypatch):
     monkeypatch.setattr(ceilings, "free_bytes", lambda device: 1 << 30)
     with pytest.raises(MemoryError, match="4 times the cache's 60 MiB, and 128 MiB are an eighth"):
         ceilings.read_buffer_bytes()
+
+
+def test_memory_holds_for_the_run_and_no_longer(capsys):
+    arguments = ["--quick", "--only", "rms_norm", "--device", "cpu", "--memory", "1M"]
+    assert main(arguments) != 0
+    assert "the read bandwidth needs a buffer" in capsys.readouterr().err
+    assert memory.limit is None
