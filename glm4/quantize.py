@@ -11,7 +11,6 @@ A run that is killed leaves nothing that looks finished, and the next one starts
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 from glm4.checkpoint import Checkpoint, examine, read_into, resolve_device
 from glm4.companions import as_json, copy_companions
 from glm4.config_json import FIELDS, check_theta
-from glm4.hub import COMPANIONS, find_folder
+from glm4.hub import find_folder
 from glm4.model import Config, Weight
 from glm4.progress import progress_bar
 from glm4.quantization_config import Scheme, write_quantization
@@ -38,10 +37,6 @@ from glm4_kernels.quantized_weight import slabs
 
 # Bytes of a shard, and so of what waits in memory to be written; a larger tensor has its own.
 SHARD_SIZE = 1 << 30
-FILES = re.compile(
-    r"\d+\.safetensors|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json|"
-    + "|".join(re.escape(name) for name in COMPANIONS)
-)
 # Who else reads what is written, and whether with zero points.
 ENGINES = {"transformers": False, "vllm": True, "sglang": False}
 
@@ -104,7 +99,7 @@ def quantize_checkpoint(
         policy["lm_head"] = replace(form, bits=head_bits, method="search")
     prepare = preparer(policy, config)
 
-    with appearing(target, folder, FILES) as partial:
+    with appearing(target, folder) as partial:
         copy_companions(folder, partial, checkpoint.config_json["model_type"] == "chatglm")
         shards = Shards(partial)
         schemes: dict[str, Scheme | None] = {}

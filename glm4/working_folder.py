@@ -65,13 +65,12 @@ def free_place(target: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def appearing(target: Path, source: Path, kinds: re.Pattern[str]) -> Iterator[WorkingFolder]:
+def appearing(target: Path, source: Path) -> Iterator[WorkingFolder]:
     """Yields a folder to fill, which becomes `target` if nothing fails, and is gone if it does.
 
     Args:
         target: of `free_place`.
         source: the folder that is read, in or around which nothing is made or deleted.
-        kinds: the names of all files that will be made.
 
     Raises:
         CheckpointError: the target is in the source, another run is writing it, or it cannot be
@@ -82,8 +81,8 @@ def appearing(target: Path, source: Path, kinds: re.Pattern[str]) -> Iterator[Wo
         raise CheckpointError(f"{target}: must not lie in {source}, which is read")
     parents = make_parents(target)
     try:
-        clear_leftovers(target, source, kinds)
-        folder = WorkingFolder.make(target, kinds)
+        clear_leftovers(target, source)
+        folder = WorkingFolder.make(target)
         try:
             yield folder
             folder.publish(target)
@@ -117,7 +116,7 @@ def make_parents(target: Path) -> list[Path]:
     return made
 
 
-def clear_leftovers(target: Path, source: Path, kinds: re.Pattern[str]) -> None:
+def clear_leftovers(target: Path, source: Path) -> None:
     """Deletes the folders of runs to `target` that were killed; refuses while one is at work."""
     left = re.compile(re.escape(target.name) + RANDOM)
     try:
@@ -127,7 +126,7 @@ def clear_leftovers(target: Path, source: Path, kinds: re.Pattern[str]) -> None:
     reading = [above.stat() for above in (source, *source.resolve().parents)]
     for path in (target.with_name(name) for name in beside if left.fullmatch(name)):
         try:
-            folder = WorkingFolder(path, kinds)
+            folder = WorkingFolder(path)
         except OSError:  # a link, a file, another's
             continue
         try:
@@ -141,15 +140,15 @@ def clear_leftovers(target: Path, source: Path, kinds: re.Pattern[str]) -> None:
 class WorkingFolder:
     """A folder, open, of one run: the one that has its mark locked."""
 
-    def __init__(self, path: Path, kinds: re.Pattern[str]) -> None:
+    def __init__(self, path: Path) -> None:
         """Raises OSError if `path` is not a folder itself; a link to one is not."""
-        self.path, self.kinds = path, kinds
+        self.path = path
         self.lock = -1
         self.made: dict[str, int] = {}  # inode of each file by name; 0 while it is being made
         self.folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
     @classmethod
-    def make(cls, target: Path, kinds: re.Pattern[str]) -> WorkingFolder:
+    def make(cls, target: Path) -> WorkingFolder:
         """A new one beside `target`, marked and locked."""
         path = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
         try:
@@ -158,7 +157,7 @@ class WorkingFolder:
             raise CheckpointError(f"{path}: cannot be made ({error.strerror})") from None
         folder = None
         try:
-            folder = cls(path, kinds)
+            folder = cls(path)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             folder.lock = os.open(MARK, flags, 0o666, dir_fd=folder.folder)
             fcntl.flock(folder.lock, fcntl.LOCK_EX)
@@ -230,7 +229,6 @@ class WorkingFolder:
     def writing(self, name: str) -> Iterator[Path]:
         """The path of a file to make; it is on the disk after the block, an error one line."""
         path = self.path / name
-        assert self.kinds.fullmatch(name), f"{name} is of no kind that would be cleared"
         if not self.is_ours() or os.path.lexists(path):
             raise CheckpointError(f"{path}: cannot be written (somebody changed its folder)")
         try:
@@ -254,7 +252,6 @@ class WorkingFolder:
 
     def rename(self, name: str, new: str) -> None:
         """Of a file in it."""
-        assert self.kinds.fullmatch(new), f"{new} is of no kind that would be cleared"
         if os.path.lexists(self.path / new):
             raise CheckpointError(f"{self.path / new}: must not be there (somebody made it)")
         try:
