@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import CPU, MIB, cache_bytes, free_bytes, shown
-from glm4_kernels.extension import buffer, extension
+from glm4_kernels.extension import HAS_EXTENSION, buffer, extension
 
 # Of the free memory, what the buffer of a read bandwidth may take.
 BUFFER_SHARE = 1 / 8
@@ -58,7 +58,7 @@ def measure_ceilings(device: torch.device, quick: bool = False) -> Ceilings:
     reductions = (x.sum, x.amax, lambda: x.dot(x))
     read = n_bytes / min(median_seconds(f, device, repeats) for f in reductions)
     int8 = None
-    if device.type == "cpu" and has_loops():
+    if device.type == "cpu" and HAS_EXTENSION:
         read = max(read, statistics.median(read_bandwidth(x) for _ in range(repeats)))
         peaks = [multiply_add_peak(0.004, torch.get_num_threads()) for _ in range(repeats)]
         int8 = statistics.median(peaks)
@@ -88,14 +88,6 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter_ns() - began) / 1e9
 
 
-def has_loops() -> bool:
-    """Whether the extension was built; its loops see more of the hardware than torch's."""
-    try:
-        return bool(extension())
-    except RuntimeError:
-        return False
-
-
 def read_buffer_bytes() -> int:
     """BUFFER_CACHES times the cache, or what memory allows.
 
@@ -117,11 +109,6 @@ def read_bandwidth(x: Tensor, variant: str = "") -> float:
     return extension().cpu_read_bandwidth(buffer(x), torch.get_num_threads(), variant)
 
 
-def one_thread_read(x: Tensor) -> float:
-    """The same on one thread."""
-    return extension().cpu_read_bandwidth(buffer(x), 1, "")
-
-
 def multiply_add_peak(seconds: float, threads: int, variant: str = "") -> float:
     """8-bit integer operations per second, two for a multiply-add; takes about `seconds`."""
     return extension().cpu_multiply_add_peak(seconds, threads, variant)
@@ -132,12 +119,11 @@ class CpuReadProbe:
 
     def __init__(self) -> None:
         self.x = torch.randn(read_buffer_bytes() // 4)
-        self.has_loops = has_loops()
         self.sample()
 
     def sample(self) -> float:
         """Bytes per second of one read of a buffer of several times the last-level cache."""
-        if self.has_loops:
+        if HAS_EXTENSION:  # its loops see more of the hardware than torch's
             return read_bandwidth(self.x)
         return self.x.nbytes / seconds(self.x.sum, self.x.device)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from glm4 import generation
+from glm4_kernels.extension import HAS_EXTENSION, buffer, extension
 
 MIB, GIB = 1 << 20, 1 << 30
 CPU = torch.device("cpu")
@@ -116,14 +117,17 @@ def speeds_by_size(read: Callable[[torch.Tensor], float], largest: int) -> dict[
 def cache_bytes() -> int:
     """What of the last-level caches is ours: measured in a few seconds, and no more than the system
     tells of; all that it tells of where sets past it cannot be read."""
-    from benchmarks.ceilings import has_loops, one_thread_read
-
     told, instances = told_cache()
     largest = max(2 * told // instances, 64 * MIB)
-    if not has_loops() or largest > free_bytes(CPU) // 4:
+    if not HAS_EXTENSION or largest > free_bytes(CPU) // 4:
         return told
     found = knee(speeds_by_size(one_thread_read, largest))
     return min(told, found * instances) or told
+
+
+def one_thread_read(x: torch.Tensor) -> float:
+    """Bytes per second of reading a tensor once, on one thread."""
+    return extension().cpu_read_bandwidth(buffer(x), 1, "")
 
 
 def cache_line() -> str:

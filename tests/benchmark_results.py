@@ -11,7 +11,7 @@ import torch
 from recorded_graphs import RecordedGraphs
 
 import glm4
-from benchmarks import cpu_model, memory
+from benchmarks import cpu_model
 from benchmarks.__main__ import main
 from benchmarks.ceilings import Ceilings
 from benchmarks.harness import Case, run_case
@@ -48,11 +48,6 @@ TINY = replace(
     layers=40, hidden=128, ffn=192, heads=4, kv_heads=2, vocab=320, max_positions=1024,
     eos_token_ids=(0,),
 )  # fmt: skip
-
-
-def small_caches(monkeypatch):
-    """A cache that takes no time to measure."""
-    monkeypatch.setattr(memory, "told_cache", lambda: (8 << 20, 1))
 
 
 def one_line(text: str) -> str:

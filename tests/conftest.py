@@ -129,6 +129,20 @@ def compiler() -> Iterator[Executor]:
         yield process
 
 
+@pytest.fixture
+def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that takes no time to measure, for the tests of the benchmarks."""
+    monkeypatch.setattr("benchmarks.memory.told_cache", lambda: (8 << 20, 1))
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> Path:
+    """A repository with results of tiny models, as their files are committed."""
+    from benchmark_results import committed_results
+
+    return committed_results(tmp_path)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fresh memory is NaN (integers: the largest value), so an output that nobody wrote shows."""

@@ -13,6 +13,19 @@ from numerics import KERNEL_DTYPES
 
 from glm4_kernels.extension import build_info
 
+TRITON_OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "sandwich_norm",
+    "swiglu",
+    "rope",
+    "rope_kv_write",
+    "decode_schedule",
+    "flash_decode",
+    "merge_attention",
+    "sample",
+    "decode_advance",
+)  # each has a module and a launcher of its name
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIMD_VARIANTS = build_info().get("simd_variants", [])
 

@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 import triton  # noqa: E402
+from kernels import TRITON_OPS as OPS  # noqa: E402
 from offset_overflow import overflowing_products  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -76,19 +77,6 @@ DECODES = (
     ("8 x 32K", 8, 1, 32768),
     ("64 x 8K", 64, 1, 8192),
     ("1 x 4 queries x 128K", 1, 4, 1 << 17),
-)
-OPS = (
-    "rms_norm",
-    "add_rms_norm",
-    "sandwich_norm",
-    "swiglu",
-    "rope",
-    "rope_kv_write",
-    "decode_schedule",
-    "flash_decode",
-    "merge_attention",
-    "sample",
-    "decode_advance",
 )
 Identity = tuple[str, str, int]  # of a launch; equal for those that compile to the same binary
 META = torch.device("meta")

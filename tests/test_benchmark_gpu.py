@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmark_results import CPU, ORIGIN, doubling, one_line, small_caches
+from benchmark_results import CPU, ORIGIN, doubling, one_line
 from conftest import uses_gpu
 from rich.console import Console
 
@@ -21,10 +21,7 @@ from benchmarks.harness import discover
 from benchmarks.record import FolderRecord
 from benchmarks.stages import run_stages
 
-
-@pytest.fixture(autouse=True)
-def _small_caches(monkeypatch):
-    small_caches(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_caches")
 
 
 def test_gpu_run_needs_a_gpu(monkeypatch, tmp_path, capsys):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmark_results import CEILINGS, CPU, doubling, one_line, result_of, small_caches
+from benchmark_results import CEILINGS, CPU, doubling, one_line, result_of
 
 from benchmarks import (
     bench_flash_decode,
@@ -28,10 +28,7 @@ from benchmarks.ceilings import (
 from benchmarks.harness import discover, gate, run_case, take_turns
 from glm4_kernels.extension import extension
 
-
-@pytest.fixture(autouse=True)
-def _small_caches(monkeypatch):
-    small_caches(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_caches")
 
 
 @pytest.mark.parametrize(

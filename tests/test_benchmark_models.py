@@ -15,12 +15,10 @@ from benchmark_results import (
     CPU,
     ORIGIN,
     TINY,
-    committed_results,
     heat_result_of,
     model_result_of,
     one_line,
     report_on,
-    small_caches,
 )
 
 import glm4
@@ -37,15 +35,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.model_bench import Plan, measure_model
 
-
-@pytest.fixture(autouse=True)
-def _small_caches(monkeypatch):
-    small_caches(monkeypatch)
-
-
-@pytest.fixture
-def committed(tmp_path):
-    return committed_results(tmp_path)
+pytestmark = pytest.mark.usefixtures("small_caches")
 
 
 def test_model_result():

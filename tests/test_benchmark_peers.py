@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 import pytest
-from benchmark_results import ORIGIN, committed_results, one_line, report_on, small_caches
+from benchmark_results import ORIGIN, one_line, report_on
 
 from benchmarks import commands, quantized
 from benchmarks.__main__ import main
@@ -17,15 +17,7 @@ from benchmarks.peers import PEERS
 from benchmarks.record import merged
 from benchmarks.worker import Worker, WorkerError
 
-
-@pytest.fixture(autouse=True)
-def _small_caches(monkeypatch):
-    small_caches(monkeypatch)
-
-
-@pytest.fixture
-def committed(tmp_path):
-    return committed_results(tmp_path)
+pytestmark = pytest.mark.usefixtures("small_caches")
 
 
 @pytest.fixture

@@ -6,18 +6,13 @@ import json
 
 import pytest
 import torch
-from benchmark_results import ORIGIN, committed_results, report_on
+from benchmark_results import ORIGIN, report_on
 
 from benchmarks import (
     quality,
 )
 from benchmarks.__main__ import main
 from benchmarks.record import merged
-
-
-@pytest.fixture
-def committed(tmp_path):
-    return committed_results(tmp_path)
 
 
 def test_quality_and_its_tables(committed, tmp_path, monkeypatch):

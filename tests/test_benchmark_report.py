@@ -8,14 +8,12 @@ import random
 import pytest
 from benchmark_results import (
     ORIGIN,
-    committed_results,
     doubling,
     heat_result_of,
     model_result_of,
     one_line,
     report_on,
     result_of,
-    small_caches,
 )
 
 from benchmarks import (
@@ -27,15 +25,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.provenance import shown_command, source_hash
 
-
-@pytest.fixture(autouse=True)
-def _small_caches(monkeypatch):
-    small_caches(monkeypatch)
-
-
-@pytest.fixture
-def committed(tmp_path):
-    return committed_results(tmp_path)
+pytestmark = pytest.mark.usefixtures("small_caches")
 
 
 def test_report_writes_the_tables(committed):

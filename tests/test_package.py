@@ -16,6 +16,7 @@ import textwrap
 
 import pytest
 from conftest import REPOSITORY
+from kernels import TRITON_OPS
 
 import glm4
 import glm4_kernels as gk
@@ -40,19 +41,6 @@ load(path_or_repo, device='auto', dtype='auto', quantize=None)
 Model.logits(self, token_ids)
 Model.generate(self, prompts, max_new_tokens, temperature=0.0)
 """
-TRITON_OPS = (
-    "rms_norm",
-    "add_rms_norm",
-    "sandwich_norm",
-    "swiglu",
-    "rope",
-    "rope_kv_write",
-    "decode_schedule",
-    "flash_decode",
-    "merge_attention",
-    "sample",
-    "decode_advance",
-)
 
 
 PROMISES = [
