@@ -27,8 +27,7 @@ CPU = torch.device("cpu")
 UNKNOWN_CACHE = 64 * MIB
 # Of the free memory, what a run takes unless it is told: the rest is for whoever else is there.
 SHARE = 0.6
-# How much faster than memory a set must be read to count as held by the cache. On a shared Xeon
-# with AMX one thread reads 29 GB/s within its part of the cache and 5 to 9 past it.
+# How much faster than memory a set must be read to count as held by the cache.
 FASTER = 1.4
 ROUNDS = 5
 

@@ -4,10 +4,11 @@
     adaptive  fewer while other processes need the processors: only where the user said nothing
 
 Threads that share out a layer wait for each other, spinning, hundreds of times a step. Whenever one
-of them is off its processor for a time slice, which is milliseconds, all are: two threads beside a
-busy process can be a hundred times slower than one. Linux tells how long each thread stood ready
-to run and did not (/proc/self/task/*/schedstat), which is nothing on a quiet machine. So the count
-goes down by as many threads as were kept waiting, and up again on trial after a while.
+of them is off its processor for a time slice, which is milliseconds, all are: beside a busy process
+two threads of the demo model do a fifth of what one does (`python -m benchmarks threads`). Linux
+tells how long each thread stood ready to run and did not (/proc/self/task/*/schedstat), which is
+nothing on a quiet machine. So the count goes down by as many threads as were kept waiting, and up
+again on trial after a while.
 
 The last bit of a float layer may depend on the count (`F.linear` sums in other portions); that of a
 quantised layer does not. An explicit count holds it fixed.
