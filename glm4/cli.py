@@ -279,8 +279,8 @@ def generate(args: argparse.Namespace) -> None:
     prompt = tokenizer.encode(text)
     left = checkpoint.config.max_positions - len(prompt)
     max_new_tokens = args.max_new_tokens or max(min(256, left), 1)
-    stored_as = DTYPES.get(args.dtype, checkpoint.dtype)
-    check_prompts(checkpoint.config, stored_as, [prompt], max_new_tokens)
+    dtype = checkpoint.dtype if args.dtype == "auto" else DTYPES[args.dtype]
+    check_prompts(checkpoint.config, dtype, [prompt], max_new_tokens)
     model = load(
         folder,
         device,
@@ -325,8 +325,8 @@ def generate(args: argparse.Namespace) -> None:
         speeds += f", decode {_speed(n_decoded, decode)}"
     if warmups:
         speeds += f", {sum(warmups):.2f} s of it warm-up"
-    dtype = str(model.dtype).removeprefix("torch.")
-    print(f"glm4: {speeds} on {model.device} in {dtype}", file=sys.stderr)
+    computed_in = str(model.dtype).removeprefix("torch.")
+    print(f"glm4: {speeds} on {model.device} in {computed_in}", file=sys.stderr)
 
 
 def quantize(args: argparse.Namespace) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from glm4.checkpoint_file import CheckpointError, read_json
 from glm4.model import Config
 from glm4.rope_config import read_rope, same
-from glm4.tensor_files import CheckpointError, read_json
 from glm4_kernels.library import bad_type, bad_value
 from glm4_kernels.rope_table import MAX_THETA
 

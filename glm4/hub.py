@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from glm4.tensor_files import CheckpointError
+from glm4.checkpoint_file import CheckpointError
 from glm4_kernels.library import bad_type
 
 DEMO = Path(__file__).parent / "demo"

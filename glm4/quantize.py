@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glm4.checkpoint import Checkpoint, examine, read_into, resolve_device
+from glm4.checkpoint_file import CheckpointError
 from glm4.companions import as_json, copy_companions
 from glm4.config_json import FIELDS, check_theta
 from glm4.hub import find_folder
@@ -29,7 +30,7 @@ from glm4.quantization_config import Scheme, write_quantization
 from glm4.quantization_policy import LINEAR, Form, preparer
 from glm4.quantized_checkpoint import Codes, pack_quantized
 from glm4.rope_config import ROPE_FIELDS, rope_fields
-from glm4.tensor_files import STORED_DTYPES, CheckpointError
+from glm4.tensor_files import STORED_DTYPES
 from glm4.tensor_names import Naming
 from glm4.working_folder import WorkingFolder, appearing, free_place
 from glm4_kernels.library import bad_type, bad_value, without_autocast

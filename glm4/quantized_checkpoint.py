@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 
 import glm4_kernels as gk
+from glm4.checkpoint_file import CheckpointError
 from glm4.quantization_config import Quantization, Scheme, describe
-from glm4.tensor_files import STORED_DTYPES, CheckpointError, Stored
+from glm4.tensor_files import STORED_DTYPES, Stored
 from glm4_kernels.quantized_weight import slabs
 
 # Sizes that the kernels have; the rest of a row is one group.

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from glm4.checkpoint_file import CheckpointError
 from glm4.model import Config
-from glm4.tensor_files import CheckpointError
 from glm4_kernels.rope_table import YARN_OPTIONAL
 
 TOP = "the top level"  # as a place

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from glm4.tensor_files import CheckpointError
+from glm4.checkpoint_file import CheckpointError
 from glm4_kernels.library import bad_type
 
 MARK = ".glm4-quantize"

@@ -458,3 +458,12 @@ def test_progress_bar_shows_late_and_on_terminals(monkeypatch, terminal, seconds
         time.sleep(seconds)
     assert ("Reading" in screen.getvalue()) == (terminal and seconds > 0)
     assert terminal or screen.getvalue() == ""
+
+
+def test_the_remedy_for_an_unknown_dtype_works(tmp_path, capsys):
+    folder = write_tokenizer(write_checkpoint(tmp_path, {"dtype": "int8"}))
+    command = ["generate", "--model", str(folder), "--prompt", "a", "--max-new-tokens", "2"]
+    assert main(command) == 1
+    assert "load with a dtype (--dtype)" in capsys.readouterr().err
+    assert main([*command, "--dtype", "float32"]) == 0
+    assert "in float32" in capsys.readouterr().err

@@ -18,9 +18,9 @@ from test_checkpoint import CHATGLM
 
 import glm4
 from glm4.checkpoint import examine
+from glm4.checkpoint_file import read_json
 from glm4.config_json import read_config
 from glm4.quantization_config import read_quantization
-from glm4.tensor_files import read_json
 
 NESTED = "[" * 900 + "]" * 900  # as deep as json reads; repr and == would go deeper
 # JSON text, so that NaN, Infinity and what Python cannot hold come in as from a file.
